@@ -1,0 +1,250 @@
+"""What the VAE and the text encoders make of pictures and prompts, kept on disk and shared by all runs.
+
+An entry's name is the hash of everything that its content depends on, so an entry is never stale: it is whole, or it
+is made again. Each carries a checksum, because machines that lose power leave torn files behind.
+"""
+
+import gc
+import hashlib
+import json
+import os
+import struct
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+
+from crumb.engine.data.images import crop_picture, decode_rgb, read_bytes, to_tensor
+from crumb.profiles.buckets import Crop
+from crumb.profiles.dataset import Picture
+from crumb.profiles.errors import CrumbError
+
+CACHE_FORMAT = 1
+"""Part of every key: raise it when pictures or prompts are prepared differently, and old entries are left alone."""
+
+OnProgress = Callable[[int, int], None]
+
+
+def latents_key(image_bytes_sha256: str, crop: Crop, vae_fingerprint: str, precision: str, tiled: bool = False) -> str:
+    """The name of a picture's latents. Tiling is part of it: blended tiles are not bit for bit the whole picture."""
+    parts = {"image": image_bytes_sha256, "crop": asdict(crop), "vae": vae_fingerprint}
+    return _key(kind="latents", precision=precision, tiled=tiled, **parts)
+
+
+def prompt_key(prompt: str, text_encoder_fingerprint: str, precision: str) -> str:
+    """The name of a prompt's embeddings."""
+    return _key(kind="prompt", prompt=prompt, text_encoders=text_encoder_fingerprint, precision=precision)
+
+
+def _key(**parts: Any) -> str:
+    canonical = json.dumps({"format": CACHE_FORMAT, **parts}, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def entry_path(folder: Path, key: str) -> Path:
+    """Where an entry lies: two levels, so that no folder grows to many thousand files."""
+    return Path(folder) / key[:2] / f"{key[2:]}.safetensors"
+
+
+def write_entry(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Writes an entry whole or not at all: aside, fsynced, then renamed. Raises CrumbError when the disk refuses."""
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    data = save(contiguous, metadata={"sha256": _checksum(save(contiguous))})
+    try:
+        for folder in (path.parent.parent, path.parent):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        descriptor, aside = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".part")
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(aside, path)
+        except BaseException:
+            os.unlink(aside)
+            raise
+    except OSError as error:
+        raise CrumbError(
+            f'The cache entry "{path}" could not be written ({error.strerror}). Free some space there, or point '
+            "XDG_CACHE_HOME to another disk; what is already cached is kept."
+        ) from error
+
+
+def read_entry(path: Path) -> dict[str, torch.Tensor] | None:
+    """An entry's tensors on the CPU, or None when it is missing, torn or changed; a bad one is deleted."""
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    try:
+        if _header(data)["__metadata__"]["sha256"] == _checksum(data):
+            return load(data)
+    except (ValueError, KeyError, TypeError, struct.error, SafetensorError):
+        pass
+    path.unlink(missing_ok=True)
+    return None
+
+
+def _header(data: bytes) -> dict:
+    """The JSON head of a safetensors file: its length as 8 bytes, then the text."""
+    (length,) = struct.unpack_from("<Q", data)
+    return json.loads(data[8 : 8 + length])
+
+
+def _checksum(data: bytes) -> str:
+    """SHA-256 over names, dtypes, shapes and values of a safetensors file; its metadata are left out."""
+    header = _header(data)
+    header.pop("__metadata__", None)
+    (length,) = struct.unpack_from("<Q", data)
+    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
+    digest.update(memoryview(data)[8 + length :])
+    return digest.hexdigest()
+
+
+def cache_latents(
+    pictures_with_crops: Sequence[tuple[Picture, Crop]],
+    load_vae: Callable[[], Any],
+    fingerprint: str,
+    precision: str,
+    folder: Path,
+    *,
+    batch_size: int = 1,
+    tiled: bool,
+    on_progress: OnProgress,
+    device: torch.device | str,
+) -> list[Path]:
+    """Encodes what is not cached yet; returns one entry's path per picture, in order.
+
+    An entry holds the posterior's `mean` and `std`, each (4, height / 8, width / 8) fp32 and not yet multiplied by
+    the VAE's scaling factor, so a fresh sample is (mean + std * noise) * scaling_factor. `load_vae` is called only if
+    something is missing; its VAE keeps its dtype and is freed before this returns. Raises CrumbError that names the
+    picture when one has changed since the scan or its latents are not finite.
+    """
+    paths: list[Path] = []
+    missing: dict[Path, tuple[Picture, Crop, str]] = {}
+    for picture, crop in pictures_with_crops:
+        digest = hashlib.sha256(read_bytes(picture.path)).hexdigest()
+        path = entry_path(folder, latents_key(digest, crop, fingerprint, precision, tiled))
+        paths.append(path)
+        if path not in missing and read_entry(path) is None:
+            missing[path] = (picture, crop, digest)
+        on_progress(len(paths) - len(missing), len(pictures_with_crops))
+    if missing:
+        done = len(paths) - len(missing)
+        vae = load_vae().to(device)
+        if tiled:
+            vae.enable_tiling()
+        for batch_paths, pictures, pixels in _prefetched(_batches(missing, batch_size)):
+            _encode(vae, batch_paths, pictures, pixels.to(device))
+            done += len(batch_paths)
+            on_progress(done, len(paths))
+        del vae
+        _free_memory()
+    return paths
+
+
+def _batches(missing: Mapping[Path, tuple[Picture, Crop, str]], batch_size: int) -> list[list[tuple]]:
+    """Pictures of one bucket per batch, larger buckets first: what doesn't fit shows at once."""
+    buckets: dict[tuple[int, int], list[tuple]] = {}
+    for path, (picture, crop, digest) in missing.items():
+        buckets.setdefault((crop.width, crop.height), []).append((path, picture, crop, digest))
+    largest_first = sorted(buckets, key=lambda size: (-size[0] * size[1], size))
+    return [
+        buckets[size][start : start + batch_size]
+        for size in largest_first
+        for start in range(0, len(buckets[size]), batch_size)
+    ]
+
+
+def _prefetched(batches: list[list[tuple]]) -> Iterator[tuple[list[Path], list[Path], torch.Tensor]]:
+    """Yields (entry paths, picture paths, pixels); the next batch is decoded while the VAE works on this one."""
+    with ThreadPoolExecutor(1) as pool:
+        ahead = pool.submit(_load_batch, batches[0])
+        for following in [*batches[1:], None]:
+            loaded = ahead.result()
+            if following:
+                ahead = pool.submit(_load_batch, following)
+            yield loaded
+
+
+def _load_batch(batch: list[tuple[Path, Picture, Crop, str]]) -> tuple[list[Path], list[Path], torch.Tensor]:
+    pixels = []
+    for _, picture, crop, digest in batch:
+        data = read_bytes(picture.path)
+        image = decode_rgb(data, picture.path)
+        changed = hashlib.sha256(data).hexdigest() != digest
+        if changed or image.size != (picture.width, picture.height):
+            raise CrumbError(
+                f'The picture "{picture.path}" changed since the folder was scanned: it was {picture.width} x '
+                f"{picture.height} pixels and is {image.width} x {image.height} now. Start again to scan it anew."
+            )
+        pixels.append(to_tensor(crop_picture(image, crop)))
+    return [entry[0] for entry in batch], [entry[1].path for entry in batch], torch.stack(pixels)
+
+
+@torch.no_grad()
+def _encode(vae: Any, paths: list[Path], pictures: list[Path], pixels: torch.Tensor) -> None:
+    posterior = vae.encode(pixels.to(vae.dtype)).latent_dist
+    means, stds = posterior.mean.float().cpu(), posterior.std.float().cpu()
+    for path, picture, mean, std in zip(paths, pictures, means, stds, strict=True):
+        if not (mean.isfinite().all() and std.isfinite().all()):
+            raise CrumbError(
+                f'The VAE gave values that are no numbers for "{picture}" in {_dtype_name(vae.dtype)}. SDXL\'s own VAE '
+                "overflows in float16: use bfloat16 or float32 for it, or a base model with the fp16-fixed VAE. "
+                "If this is the only such picture, leave it out."
+            )
+        write_entry(path, {"mean": mean, "std": std})
+
+
+def cache_prompts(
+    prompts: Sequence[str],
+    load_text_encoders: Callable[[], Any],
+    encode: Callable[[Any, list[str]], tuple[torch.Tensor, torch.Tensor]],
+    fingerprint: str,
+    precision: str,
+    folder: Path,
+    *,
+    on_progress: OnProgress,
+) -> dict[str, Path]:
+    """Encodes the prompts that are not cached yet; returns each distinct prompt's entry.
+
+    An entry holds `encoder_hidden_states` (77, D) and `pooled` (P,) in the dtype that `encode` gives; `encode` gets
+    one prompt at a time, so that an entry never depends on its company. The text encoders are loaded only if
+    something is missing and freed before this returns. Raises CrumbError that names the prompt.
+    """
+    paths = {prompt: entry_path(folder, prompt_key(prompt, fingerprint, precision)) for prompt in prompts}
+    missing = [prompt for prompt, path in paths.items() if read_entry(path) is None]
+    done = len(paths) - len(missing)
+    on_progress(done, len(paths))
+    if missing:
+        text_encoders = load_text_encoders()
+        for prompt in missing:
+            with torch.no_grad():
+                hidden, pooled = encode(text_encoders, [prompt])
+            if not (hidden.isfinite().all() and pooled.isfinite().all()):
+                raise CrumbError(
+                    f'The text encoders gave values that are no numbers for the prompt "{prompt}" in '
+                    f"{_dtype_name(hidden.dtype)}. Use bfloat16 or float32 for them, or check the base model's file."
+                )
+            write_entry(paths[prompt], {"encoder_hidden_states": hidden[0], "pooled": pooled[0]})
+            done += 1
+            on_progress(done, len(paths))
+        del text_encoders
+        _free_memory()
+    return paths
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _free_memory() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

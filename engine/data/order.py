@@ -1,0 +1,36 @@
+"""Which pictures form which batch at which step.
+
+A pure function of seed and epoch, apart from every other random number: a resumed run needs only its step number to
+go on with the very pictures it would have seen.
+"""
+
+import random
+from collections.abc import Mapping, Sequence
+
+from crumb.profiles.buckets import steps_per_epoch
+
+Buckets = Mapping[tuple[int, int], Sequence[int]]
+
+
+def epoch_batches(buckets: Buckets, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+    """All batches of one epoch, in order.
+
+    `buckets` maps (width, height) to picture indices, each written as often as it repeats. A batch never mixes
+    buckets, so the last one of a bucket may be smaller.
+    """
+    # A string seed is hashed with SHA-512: the same on every machine and in every Python.
+    generator = random.Random(f"crumb order {seed} {epoch}")
+    batches = []
+    for size in sorted(buckets):
+        indices = sorted(buckets[size])
+        generator.shuffle(indices)
+        batches += [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
+    generator.shuffle(batches)
+    return batches
+
+
+def batch_at(step: int, buckets: Buckets, batch_size: int, seed: int) -> list[int]:
+    """The batch of a step, counted from 0 across epochs."""
+    per_epoch = steps_per_epoch({size: len(indices) for size, indices in buckets.items()}, batch_size)
+    epoch, position = divmod(step, per_epoch)
+    return epoch_batches(buckets, batch_size, seed, epoch)[position]

@@ -1,0 +1,207 @@
+"""The main job, top to bottom: Plan -> Dataset -> Caches -> Model -> Network -> Placement -> Loop -> file."""
+
+import hashlib
+import json
+import logging
+import signal
+import time
+from dataclasses import dataclass
+from importlib.metadata import version
+
+import torch
+
+from crumb.engine.data.prepare import TrainingSet, prepare, progress_reporter
+from crumb.engine.memory.placement import Placement, choose_placement
+from crumb.engine.model.config import VAE_SCALING_FACTOR
+from crumb.engine.model.load import load_unet
+from crumb.engine.network.lora import attach_lora
+from crumb.engine.network.metadata import lora_metadata, sidecar
+from crumb.engine.network.save import save_lora
+from crumb.engine.network.verify import verify_lora
+from crumb.engine.run.control import clear_requests, take_request
+from crumb.engine.run.directory import RunDirectory, write_atomic
+from crumb.engine.run.events import EventWriter
+from crumb.engine.run.status import Status
+from crumb.engine.train.checkpoint import (
+    checkpoint_name,
+    load_checkpoint,
+    prune_checkpoints,
+    restore,
+    save_checkpoint,
+)
+from crumb.engine.train.loop import Trainer
+from crumb.engine.train.noise import alphas_cumprod
+from crumb.engine.train.optimizer import make_optimizer
+from crumb.engine.train.sample import contact_sheet, sample_pictures
+from crumb.profiles.base_model import BaseModel
+from crumb.profiles.errors import CrumbError, RequestError
+from crumb.profiles.plan import Plan, load_plan
+from crumb.profiles.preflight import preflight
+
+log = logging.getLogger("crumb")
+
+VERSIONS = ("torch", "diffusers", "transformers", "safetensors")
+
+
+@dataclass
+class Job:
+    """One run while it is worked on."""
+
+    run: RunDirectory
+    plan: Plan
+    base: BaseModel
+    placement: Placement
+    training_set: TrainingSet
+    trainer: Trainer
+    belongs_to: dict[str, str]
+
+    @property
+    def events(self) -> EventWriter:
+        return self.trainer.events
+
+
+def run_job(run: RunDirectory, events: EventWriter, status: Status) -> int:
+    """Works the run to its end, or to a stop on request; returns the exit code (0 done, 3 stopped)."""
+    started = time.monotonic()
+    plan = load_plan(run.plan)
+    placement = choose_placement(plan)
+    clear_requests(run)
+    events.emit("phase", phase="scan")
+    status.update(phase="scan", steps=plan.steps)
+    facts = preflight(plan, progress_reporter(events, "scan"))
+
+    status.update(phase="cache")
+    training_set = prepare(plan, facts.base, facts.scan, placement, events)
+
+    status.update(phase="load")
+    events.emit("phase", phase="load")
+    job, step = _assemble(run, plan, facts.base, placement, training_set, events, status)
+    step = _train(job, step)
+    if step < plan.steps:
+        _save(job, step)
+        events.emit("stopped", step=step)
+        return 3
+    _finish(job, time.monotonic() - started)
+    return 0
+
+
+def _assemble(run: RunDirectory, plan: Plan, base: BaseModel, placement: Placement, training_set: TrainingSet,
+              events: EventWriter, status: Status) -> tuple[Job, int]:
+    """U-Net, network, optimizer and, where there is one, the newest checkpoint; returns the last finished step too."""
+    unet = load_unet(base, placement.dtype, placement.device)
+    network = attach_lora(unet, plan.targets, plan.rank, plan.alpha, plan.conv_rank, plan.conv_alpha, plan.seed)
+    if placement.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    optimizer = make_optimizer(plan, network.parameters(), placement.device, lambda text: events.emit("warning", text=text))
+    scaler = torch.amp.GradScaler(placement.device.type, enabled=placement.dtype == torch.float16)
+    trainer = Trainer(plan, unet, network, optimizer, scaler, training_set, placement,
+                      alphas_cumprod(plan.zero_terminal_snr), VAE_SCALING_FACTOR, events, status)
+    belongs_to = {"plan.toml": hashlib.sha256(run.plan.read_bytes()).hexdigest(), "base model": training_set.base_sha256}
+    job = Job(run, plan, base, placement, training_set, trainer, belongs_to)
+
+    step = 0
+    found = load_checkpoint(run, belongs_to, lambda text: events.emit("warning", text=text), _belongs_to_another)
+    if found:
+        state, tensors = found
+        restore(state, tensors, network, optimizer, scaler)
+        step, trainer.loss_smoothed = state["step"], state.get("loss_smoothed")
+    status.update(step=step)
+    events.emit("started", pid=status.pid, device=_device_name(placement), step=step, steps=plan.steps,
+                versions={name: version(name) for name in VERSIONS})
+    num_batches = training_set.num_batches(plan.batch_size)
+    events.emit("numbers", num_pictures=len(training_set.pictures), num_buckets=len(training_set.buckets),
+                steps_per_epoch=num_batches / plan.gradient_accumulation_steps, steps=plan.steps,
+                num_parameters=network.num_parameters, placement=placement.describe())
+    return job, step
+
+
+def _train(job: Job, step: int) -> int:
+    """Steps until the plan is fulfilled or somebody asks to stop; returns the last finished step."""
+    plan, trainer, events = job.plan, job.trainer, job.events
+    wants_stop = _catch_signals()
+    if step == 0 and plan.sample_every:
+        _sample(job, 0)
+    trainer.status.update(state="training", phase="train", step=step)
+    events.emit("phase", phase="train")
+    while step < plan.steps:
+        if wants_stop() or take_request(job.run, "stop"):
+            break
+        events.emit("step", **trainer.train_step(step))
+        step += 1
+        trainer.status.update(step=step)
+        last = step == plan.steps
+        if take_request(job.run, "save") or (plan.save_every and step % plan.save_every == 0 and not last):
+            _save(job, step)
+        if take_request(job.run, "sample") or (plan.sample_every and (step % plan.sample_every == 0 or last)):
+            _sample(job, step)
+    return step
+
+
+def _save(job: Job, step: int) -> None:
+    trainer = job.trainer
+    trainer.status.update(state="saving")
+    folder = save_checkpoint(job.run, step, trainer.network, trainer.optimizer, trainer.scaler, job.belongs_to,
+                             trainer.loss_smoothed, job.plan.save_precision, _metadata(job, step))
+    prune_checkpoints(job.run, job.plan.keep_checkpoints)
+    job.events.emit("saved", step=step, path=str(folder.relative_to(job.run.path)), kind="checkpoint")
+    trainer.status.update(state="training")
+
+
+def _sample(job: Job, step: int) -> None:
+    """Sample pictures are a help, not the job: what goes wrong here is told, and training goes on."""
+    if not job.plan.sample_prompts:
+        return
+    status = job.trainer.status
+    status.update(state="sampling", phase="sample")
+    job.events.emit("phase", phase="sample")
+    try:
+        paths = sample_pictures(job.trainer.unet, job.training_set, job.plan, job.base, job.placement,
+                                job.run.samples, step)
+        job.events.emit("sample", step=step, paths=[str(path.relative_to(job.run.path)) for path in paths])
+    except (torch.OutOfMemoryError, OSError) as error:
+        log.exception("sampling failed")
+        job.events.emit("warning", text=f"No sample pictures at step {step}: {error}. Training goes on.")
+    job.events.emit("phase", phase="train")
+    status.update(state="training", phase="train")
+
+
+def _finish(job: Job, seconds: float) -> None:
+    """Writes the LoRA file, reads it back, and lays beside it what other programs show with it."""
+    run, plan = job.run, job.plan
+    job.trainer.status.update(state="saving", phase="save")
+    job.events.emit("phase", phase="save")
+    save_lora(run.result, job.trainer.network, plan.save_precision, _metadata(job, plan.steps))
+    report = verify_lora(run.result)
+    if report.num_matched != len(job.trainer.network.layers) or report.problems:
+        raise CrumbError(f"The saved file {run.result} did not pass its check: {'; '.join(report.problems)}. "
+                         f"The checkpoints are kept.")
+    write_atomic(run.result.with_suffix(".json"), json.dumps(sidecar(plan), ensure_ascii=False, indent=1).encode())
+    samples = [sorted(run.samples.glob(f"{checkpoint_name(step)}-*.png")) for step in (0, plan.steps)]
+    if all(samples):
+        contact_sheet(list(zip(*samples)), run.path / f"{run.name}.png")
+    job.events.emit("saved", step=plan.steps, path=run.result.name, kind="result")
+    peak = torch.cuda.max_memory_reserved() if job.placement.device.type == "cuda" else None
+    job.events.emit("finished", step=plan.steps, path=run.result.name, seconds=round(seconds, 1), vram_peak_bytes=peak)
+
+
+def _metadata(job: Job, step: int) -> dict[str, str]:
+    training_set = job.training_set
+    return lora_metadata(job.plan, training_set.base_sha256, training_set.pictures, training_set.crops,
+                         training_set.captions, step)
+
+
+def _catch_signals():
+    """SIGTERM and SIGINT ask for a stop after the step; returns the question whether one came."""
+    asked = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: asked.append(True))
+    return lambda: bool(asked)
+
+
+def _belongs_to_another(what: str) -> RequestError:
+    return RequestError(f"The {what} is not the one this run's checkpoints were made with. Undo the change to go on, or "
+                        f"start a new run under another name.")
+
+
+def _device_name(placement: Placement) -> str:
+    return torch.cuda.get_device_name() if placement.device.type == "cuda" else "cpu"

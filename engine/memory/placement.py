@@ -1,0 +1,45 @@
+"""Where everything of a run lies and in which number format: decided once, before anything large is loaded."""
+
+from dataclasses import dataclass
+
+import torch
+
+from crumb.profiles.errors import RequestError
+from crumb.profiles.plan import Plan
+
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Device and dtype of the base; LoRA weights, their gradients and optimizer states are fp32 on the same device."""
+
+    device: torch.device
+    dtype: torch.dtype
+    gradient_checkpointing: bool
+
+    @property
+    def encoder_dtype(self) -> torch.dtype:
+        """For VAE and text encoders: SDXL's VAE overflows in fp16 (black pictures, NaN), so fp16 becomes fp32."""
+        return torch.float32 if self.dtype == torch.float16 else self.dtype
+
+    def describe(self) -> str:
+        kept = "activations recomputed" if self.gradient_checkpointing else "activations kept"
+        return f"base in {str(self.dtype).removeprefix('torch.')} on {self.device}, {kept}"
+
+
+def choose_placement(plan: Plan) -> Placement:
+    """The plan's placement on this machine; RequestError where the machine can't give it."""
+    has_cuda = torch.cuda.is_available()
+    if plan.device == "cuda" and not has_cuda:
+        raise RequestError(f"The plan says device = \"cuda\", but torch {torch.__version__} sees no CUDA GPU here. Check the "
+                           f"driver with `crumb doctor`, or set device = \"cpu\" (and mixed_precision = \"no\") in the plan.")
+    device = torch.device("cuda" if has_cuda and plan.device != "cpu" else "cpu")
+    dtype = DTYPES[plan.mixed_precision]
+    if device.type == "cuda" and dtype == torch.bfloat16 and torch.cuda.get_device_capability()[0] < 8:
+        raise RequestError(f"The plan says mixed_precision = \"bf16\", which {torch.cuda.get_device_name()} does not have. "
+                           f"Set it to \"fp16\" (guide: PREC-MIXED).")
+    if device.type == "cpu" and dtype == torch.float16:
+        raise RequestError("The plan says mixed_precision = \"fp16\", but this run is on the processor, which has no fast "
+                           "fp16. Set mixed_precision = \"no\".")
+    return Placement(device, dtype, plan.gradient_checkpointing)

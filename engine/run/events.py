@@ -1,0 +1,70 @@
+"""events.jsonl: one JSON object a line, only ever appended, read by any number of watchers.
+
+Every event has `time` (unix seconds) and `type`. The types and their fields:
+
+    started   pid, device, versions {name: version}, step (the last finished one), steps
+    phase     phase: scan | hash | cache latents | cache captions | load | train | sample | save
+    progress  phase, done, total
+    picture   path, size [w, h], bucket [w, h], resized [w, h], crop [left, top], cropped_share, repeats
+    numbers   num_pictures, num_buckets, steps_per_epoch, steps, num_parameters, placement
+    step      step, epoch, loss, loss_smoothed, learning_rate, grad_norm, seconds, images_per_s,
+              data_wait_s, vram_allocated_bytes, vram_peak_bytes; skipped (true when NaN/Inf dropped it)
+    sample    step, paths
+    saved     step, path, kind: checkpoint | result
+    warning   text
+    error     text
+    stopped   step
+    finished  step, path, seconds, vram_peak_bytes
+
+Paths inside the run directory are written relative to it, so that a copied run still reads.
+"""
+
+import json
+import os
+import time
+from pathlib import Path
+
+
+class EventWriter:
+    """Appends events to one file; each line leaves the process whole, in one write."""
+
+    def __init__(self, path: Path):
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        # A process killed in the middle of a line leaves half of one: start on a fresh line.
+        if path.stat().st_size and not _ends_with_newline(path):
+            os.write(self._descriptor, b"\n")
+
+    def emit(self, type: str, **fields) -> None:
+        line = json.dumps({"time": round(time.time(), 3), "type": type, **fields}, ensure_ascii=False)
+        os.write(self._descriptor, line.encode() + b"\n")
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+
+
+def read_events(path: Path, offset: int = 0) -> tuple[list[dict], int]:
+    """Whole events from byte `offset` on, and the offset to go on from.
+
+    A half-written last line stays for the next call; a line that is no JSON object is passed over.
+    """
+    if not path.exists():
+        return [], offset
+    with path.open("rb") as file:
+        file.seek(offset)
+        data = file.read()
+    end = data.rfind(b"\n") + 1
+    events = []
+    for line in data[:end].splitlines():
+        try:
+            event = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(event, dict) and isinstance(event.get("type"), str):
+            events.append(event)
+    return events, offset + end
+
+
+def _ends_with_newline(path: Path) -> bool:
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) == b"\n"

@@ -1,0 +1,134 @@
+"""The training loop: set the rate, accumulate gradients, clip, step, report, save, sample, look for requests."""
+
+import math
+import time
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from crumb.engine.data.order import epoch_batches
+from crumb.engine.data.prepare import TrainingSet
+from crumb.engine.memory.placement import Placement
+from crumb.engine.network.lora import Network
+from crumb.engine.run.events import EventWriter
+from crumb.engine.run.status import Status
+from crumb.engine.train.noise import step_generator
+from crumb.engine.train.schedule import learning_rate_factor
+from crumb.engine.train.step import draw, forward_loss
+from crumb.profiles.errors import CrumbError
+from crumb.profiles.plan import Plan
+
+LOSS_SMOOTHING = 0.98
+"""Share of the old value in the smoothed loss; about the last 50 steps count."""
+
+MAX_SKIPPED_IN_A_ROW = 25
+"""fp16's loss scale needs up to 16 halvings to find its level; more than this is no search but a broken run."""
+
+
+@dataclass
+class Trainer:
+    """Everything the loop works with; the tensors among it change in place."""
+
+    plan: Plan
+    unet: nn.Module
+    network: Network
+    optimizer: Optimizer
+    scaler: torch.amp.GradScaler
+    training_set: TrainingSet
+    placement: Placement
+    schedule: Tensor
+    scaling_factor: float
+    events: EventWriter
+    status: Status
+    loss_smoothed: float | None = None
+    skipped_in_a_row: int = 0
+
+    def train_step(self, step: int) -> dict:
+        """One optimizer step (0-based `step`); returns the fields of its `step` event."""
+        plan = self.plan
+        started = time.perf_counter()
+        learning_rate = plan.learning_rate * learning_rate_factor(plan.scheduler, step, plan.steps, plan.warmup_ratio)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        # Network-wide draws, such as dropout, must not depend on how often the run was stopped either.
+        torch.manual_seed(step_generator(plan.seed, step, -1).initial_seed())
+
+        loss, num_pictures, data_wait_s = self._accumulate_gradients(step)
+        grad_norm = self._apply_gradients(loss)
+        skipped = self.skipped_in_a_row > 0
+        if not skipped:
+            self.loss_smoothed = loss if self.loss_smoothed is None else (
+                LOSS_SMOOTHING * self.loss_smoothed + (1 - LOSS_SMOOTHING) * loss)
+        seconds = time.perf_counter() - started
+        fields = {
+            "step": step + 1, "epoch": self._epoch(step), "loss": _finite(loss), "loss_smoothed": self.loss_smoothed,
+            "learning_rate": learning_rate, "grad_norm": _finite(grad_norm), "seconds": round(seconds, 4),
+            "images_per_s": round(num_pictures / seconds, 3), "data_wait_s": round(data_wait_s, 4), **self._vram(),
+        }
+        return fields | {"skipped": True} if skipped else fields
+
+    def _accumulate_gradients(self, step: int) -> tuple[float, int, float]:
+        """Adds up the gradients of all passes of a step; returns mean loss, pictures seen, seconds spent on data."""
+        plan = self.plan
+        loss_sum, num_pictures, data_wait_s = 0.0, 0, 0.0
+        for micro_step in range(plan.gradient_accumulation_steps):
+            started = time.perf_counter()
+            indices = self._batch_indices(step * plan.gradient_accumulation_steps + micro_step)
+            batch = self.training_set.batch(indices)
+            generator = step_generator(plan.seed, step, micro_step)
+            noisy_latents, target, timesteps = draw(batch, plan, self.schedule, self.scaling_factor, generator)
+            data_wait_s += time.perf_counter() - started
+            loss = forward_loss(self.unet, batch, noisy_latents, target, timesteps, self.placement)
+            self.scaler.scale(loss / plan.gradient_accumulation_steps).backward()
+            loss_sum += loss.item()
+            num_pictures += len(indices)
+        return loss_sum / plan.gradient_accumulation_steps, num_pictures, data_wait_s
+
+    def _apply_gradients(self, loss: float) -> float:
+        """Clips and steps; NaN or Inf drops the step, counted, and ends the run when it persists. Returns the norm."""
+        parameters = self.network.parameters()
+        self.scaler.unscale_(self.optimizer)
+        max_norm = self.plan.max_grad_norm or math.inf
+        grad_norm = nn.utils.clip_grad_norm_(parameters, max_norm).item()
+        if math.isfinite(loss) and math.isfinite(grad_norm):
+            self.scaler.step(self.optimizer)
+            self.skipped_in_a_row = 0
+        else:
+            self.skipped_in_a_row += 1
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.skipped_in_a_row > MAX_SKIPPED_IN_A_ROW:
+            raise CrumbError(
+                f"Loss or gradients were NaN or infinite for {self.skipped_in_a_row} steps in a row (last loss {loss}). "
+                f"Lower the learning rate ({self.plan.learning_rate:g} now), or use mixed_precision = \"bf16\" or \"no\" "
+                f"({self.plan.mixed_precision} now). The last checkpoint is sound.")
+        return grad_norm
+
+    def _batch_indices(self, number: int) -> list[int]:
+        num_batches = self.training_set.num_batches(self.plan.batch_size)
+        epoch, position = divmod(number, num_batches)
+        return _epoch_order(self.training_set, self.plan.batch_size, self.plan.seed, epoch)[position]
+
+    def _epoch(self, step: int) -> float:
+        num_batches = self.training_set.num_batches(self.plan.batch_size)
+        return round((step + 1) * self.plan.gradient_accumulation_steps / num_batches, 3)
+
+    def _vram(self) -> dict[str, int]:
+        if self.placement.device.type != "cuda":
+            return {}
+        return {"vram_allocated_bytes": torch.cuda.memory_allocated(),
+                "vram_reserved_bytes": torch.cuda.memory_reserved(),
+                "vram_peak_bytes": torch.cuda.max_memory_reserved()}
+
+
+@lru_cache(2)
+def _epoch_order(training_set: TrainingSet, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+    return epoch_batches(training_set.buckets, batch_size, seed, epoch)
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no NaN."""
+    return value if math.isfinite(value) else None

@@ -1,0 +1,51 @@
+"""Optimizers by the plan's names, from the best-kept implementation that works on this machine."""
+
+from collections.abc import Callable
+
+import torch
+from torch.optim import Optimizer
+
+from crumb.profiles.errors import RequestError
+from crumb.profiles.plan import Plan
+
+
+def make_optimizer(plan: Plan, parameters: list, device: torch.device, warn: Callable[[str], None]) -> Optimizer:
+    """The plan's optimizer over `parameters`; `warn` gets a sentence where another had to stand in."""
+    arguments = {name: tuple(value) if isinstance(value, list) else value for name, value in plan.optimizer_args.items()}
+    make = {"AdamW": torch.optim.AdamW, "AdamW8bit": _adamw_8bit(device, warn), "Prodigy": _prodigy}[plan.optimizer]
+    try:
+        return make(parameters, lr=plan.learning_rate, **arguments)
+    except (TypeError, ValueError) as error:
+        raise RequestError(f"optimizer_args {plan.optimizer_args} don't suit {plan.optimizer}: {error}. "
+                           f"Mend them in [optimizer] of the plan.") from None
+
+
+def _adamw_8bit(device: torch.device, warn: Callable[[str], None]) -> Callable[..., Optimizer]:
+    if device.type != "cuda":
+        return _stand_in("there is no GPU, for which bitsandbytes' 8-bit AdamW is made", warn)
+    try:
+        import bitsandbytes
+
+        probe = torch.nn.Parameter(torch.zeros(4096, device=device))
+        probe.grad = torch.ones_like(probe)
+        bitsandbytes.optim.AdamW8bit([probe]).step()
+    except Exception as error:  # a broken install raises anything, from ImportError to a missing C symbol
+        return _stand_in(f"bitsandbytes does not work here ({type(error).__name__}: {error})", warn)
+    return bitsandbytes.optim.AdamW8bit
+
+
+def _stand_in(reason: str, warn: Callable[[str], None]) -> Callable[..., Optimizer]:
+    def make(parameters, **arguments):
+        warn(f"AdamW8bit is replaced by 32-bit AdamW: {reason}. The result is as good; optimizer states take 8 bytes per "
+             f"trained weight where they would take 2.")
+        return torch.optim.AdamW(parameters, **arguments)
+    return make
+
+
+def _prodigy(parameters, **arguments) -> Optimizer:
+    try:
+        from prodigyopt import Prodigy
+    except ImportError:
+        raise RequestError("The plan's optimizer is Prodigy, but the package prodigyopt is not installed. "
+                           "`pip install prodigyopt`, or set optimizer = \"AdamW\" and learning_rate = 1e-4.") from None
+    return Prodigy(parameters, **arguments)

@@ -1,0 +1,254 @@
+"""Answers + facts -> values, each with the guide rule behind it and a reason in words.
+
+Pure functions: the wizard runs them at every answer, `crumb plan` once, and both get the same plan.
+Rule ids are those of the training guide; COMMON marks what the guide leaves open and the field agrees on.
+"""
+
+import math
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+from crumb.profiles.answers import Answers
+from crumb.profiles.base_model import BaseModel
+from crumb.profiles.buckets import Crop, assign, steps_per_epoch
+from crumb.profiles.dataset import Picture, Scan
+from crumb.profiles.hardware import GIB, Gpu
+
+COUNT_RANGE = {"character": (10, 50), "face": (10, 50), "style": (100, 4000), "concept": (50, 2000)}
+"""Pictures a set should have, by subject (DATA-COUNT); a face counts as a character."""
+
+VIEWS_PER_PICTURE = {"character": 100, "face": 100, "concept": 60, "style": 40}
+"""How often each picture is seen in all; within STEP_RANGE in the end."""
+
+STEP_RANGE = (400, 6000)
+EPOCHS = 10
+CLASS_WORD = {"character": "person", "face": "face", "style": "style", "concept": "object"}
+SAVES_PER_RUN = 8
+FULL_MODEL_PARAMETERS = 1_000_000_000
+
+
+@dataclass(frozen=True)
+class Derived:
+    """One value, the rule that gave it, and the reason as a person reads it."""
+
+    value: Any
+    rule: str
+    reason: str
+
+
+@dataclass
+class Derivation:
+    """Values as they are put in, one after the other; what the person fixed wins, and later rules see it."""
+
+    overrides: dict[str, Any]
+    values: dict[str, Derived] = field(default_factory=dict)
+    warnings: list[dict[str, str]] = field(default_factory=list)
+
+    def put(self, name: str, value: Any, rule: str, reason: str) -> None:
+        if name in self.overrides:
+            self.values[name] = Derived(self.overrides[name], "", "set by you")
+        else:
+            self.values[name] = Derived(value, rule, reason)
+
+    def value(self, name: str) -> Any:
+        return self.values[name].value
+
+    def warn(self, rule: str, text: str) -> None:
+        self.warnings.append({"rule": rule, "text": text})
+
+
+def derive(answers: Answers, scan: Scan, base: BaseModel, gpu: Gpu) -> Derivation:
+    """All values of the plan that nobody was asked for; `answers.overrides` win and are marked as such."""
+    result = Derivation(answers.overrides)
+    _derive_precision(result, gpu)
+    _derive_memory(result, base, gpu)
+    _derive_network(result, answers, scan, gpu)
+    _derive_optimizer(result, gpu)
+    _derive_captions(result, answers)
+    _derive_length(result, answers, scan)
+    for name in answers.overrides:
+        if name not in result.values:
+            result.put(name, None, "", "")
+    _warn(result, answers, scan, base, gpu)
+    return result
+
+
+def plan_crops(pictures: list[Picture], resolution: int, buckets: bool, upscale: bool) -> list[Crop]:
+    return [assign(p.width, p.height, resolution, buckets=buckets, upscale=upscale) for p in pictures]
+
+
+def _derive_precision(result: Derivation, gpu: Gpu) -> None:
+    if gpu.vram_gib == 0:
+        result.put("mixed_precision", "no", "PREC-MIXED", "no GPU: fp32, which is what processors are fast at")
+    elif gpu.has_bf16:
+        result.put("mixed_precision", "bf16", "PREC-MIXED",
+                   f"{gpu.name} has bf16, the best choice where it exists; it takes as little memory as fp16")
+    else:
+        result.put("mixed_precision", "fp16", "PREC-MIXED", f"{gpu.name} is older than RTX 30 and has no bf16")
+    result.put("save_precision", "fp16", "PREC-SAVE", "the guide's default; every program reads it, half the size of float")
+
+
+def _derive_memory(result: Derivation, base: BaseModel, gpu: Gpu) -> None:
+    result.put("vram_gib", gpu.vram_gib, "", f"{gpu.name}, {gpu.vram_gib:g} GiB" if gpu.vram_gib else "no GPU")
+    result.put("device", "cuda" if gpu.vram_gib else "cpu", "", gpu.name)
+    full = base.num_unet_parameters > FULL_MODEL_PARAMETERS
+    if not full:
+        result.put("gradient_checkpointing", False, "COMMON", "this base is small: its activations fit as they are")
+    elif gpu.vram_gib < 16:
+        result.put("gradient_checkpointing", True, "COMMON", "below 16 GiB activations are recomputed to save memory")
+    else:
+        result.put("gradient_checkpointing", False, "COMMON", "16 GiB hold the activations: nothing is computed twice")
+    result.put("cache_latents", True, "COMMON", "each picture is encoded once; the VAE then leaves memory")
+    result.put("vae_tiling", full and gpu.vram_gib < 12, "COMMON", "the VAE runs in tiles below 12 GiB")
+    batch_size = 4 if full and gpu.vram_gib >= 24 else 2 if full and gpu.vram_gib >= 16 else 1
+    result.put("batch_size", batch_size, "COMMON", f"what {gpu.vram_gib:g} GiB hold" if gpu.vram_gib else "no GPU")
+    result.put("resolution", base.native_resolution, "CROP", f"the base was made for {base.native_resolution} pixels")
+    result.put("buckets", True, "BUCKET", "pictures of one size train together; nothing need be cropped by hand")
+
+
+def _derive_network(result: Derivation, answers: Answers, scan: Scan, gpu: Gpu) -> None:
+    result.put("method", "lora", "METHOD", "a small file that works with any model of the same family")
+    rank = {"character": 32, "face": 32, "concept": 32, "style": 64}[answers.subject]
+    reasons = [f"{rank} to start for a {answers.subject}"]
+    if answers.look == "anime" and rank > 16:
+        rank //= 2
+        reasons.append("halved for anime, which is less complex than photographs")
+    if len(scan.pictures) >= 100:
+        rank = min(128, rank * 2)
+        reasons.append(f"doubled for {len(scan.pictures)} pictures (100 or more)")
+    if 0 < gpu.vram_gib < 8 and rank > 16:
+        rank = 16
+        reasons.append(f"held at 16 on {gpu.vram_gib:g} GiB")
+    result.put("rank", rank, "RANK-RANGE", "; ".join(reasons))
+    rank = result.value("rank")
+    alpha = rank / 2 if rank < 32 else max(16, rank // 2 // 16 * 16)
+    result.put("alpha", float(alpha), "ALPHA-HALF", f"half the rank ({rank}), in multiples of 16 where the rank allows")
+    _derive_convolutions(result, rank)
+    result.put("regularization", False, "REG", "no regularization pictures were given")
+
+
+def _derive_convolutions(result: Derivation, rank: int) -> None:
+    """`targets` and `conv_rank` say the same thing twice; whichever is fixed by hand decides both."""
+    wanted = result.overrides.get("conv_rank", 0) > 0 or "conv" in result.overrides.get("targets", "")
+    if not wanted:
+        result.put("targets", "attention+ff", "COMMON", "attention, feed-forward and projections: what kohya calls LoRA")
+        result.put("conv_rank", 0, "CONV", "the 3x3 convolutions don't learn unless asked")
+        return
+    result.put("targets", "attention+ff+conv", "CONV", "conv_rank is set, so the convolutions learn")
+    result.put("conv_rank", max(1, rank // 2), "CONV", "half the rank")
+    result.put("conv_alpha", max(1.0, result.value("conv_rank") / 2), "ALPHA-HALF", "half the rank of the convolutions")
+
+
+def _derive_optimizer(result: Derivation, gpu: Gpu) -> None:
+    if gpu.vram_gib == 0:
+        result.put("optimizer", "AdamW", "OPT-DEFAULT", "32-bit AdamW: 8-bit states save GPU memory, and there is no GPU")
+    elif gpu.vram_gib >= 12:
+        result.put("optimizer", "Prodigy", "OPT-SDXL", f"suits SDXL and finds the rate itself; {gpu.vram_gib:g} GiB hold it")
+    else:
+        result.put("optimizer", "AdamW8bit", "OPT-DEFAULT", f"the default; spares memory on {gpu.vram_gib:g} GiB")
+    if result.value("optimizer") == "Prodigy":
+        arguments = {"decouple": True, "weight_decay": 0.01, "d_coef": 2.0, "use_bias_correction": True,
+                     "safeguard_warmup": False, "betas": [0.9, 0.999]}
+        result.put("optimizer_args", arguments, "OPT-PRODIGY", "the guide's arguments")
+        result.put("learning_rate", 1.0, "SCHED-PRODIGY", "Prodigy finds the rate; 1 leaves it alone")
+        result.put("scheduler", "constant", "SCHED-PRODIGY", "Prodigy runs well with constant")
+    else:
+        result.put("optimizer_args", {"weight_decay": 0.01}, "OPT-DEFAULT", "the usual weight decay")
+        result.put("learning_rate", 1e-4, "LR", "the usual rate for SDXL; times alpha/rank it is the effective one")
+        result.put("scheduler", "constant_with_warmup", "SCHED", "constant after a warm-up, as the guide advises")
+    result.put("text_encoder_learning_rate", 0.0, "LR", "the text encoders are not trained")
+    result.put("warmup_ratio", 0.1, "WARMUP", "10 % of all steps; only constant_with_warmup uses it")
+    result.put("noise_offset", 0.0, "NOISE-OFFSET", "off, the guide's default; 0.05-0.15 helps very dark or bright sets")
+
+
+def _derive_captions(result: Derivation, answers: Answers) -> None:
+    result.put("clip_skip", 2, "CLIP-SKIP", "fixed: SDXL itself was trained on the encoders' second-last layer")
+    detailed = answers.subject in ("character", "face")
+    result.put("tag_threshold", 0.35 if detailed else 0.25, "TAG-COARSE",
+               "for tagging tools: the usual threshold" if detailed
+               else f"for tagging tools: a {answers.subject} set needs no detailed tags; cap their number")
+
+
+def _derive_length(result: Derivation, answers: Answers, scan: Scan) -> None:
+    """repeats, epochs and steps from how often each picture should be seen; then what is measured in steps."""
+    low, high = (bound * result.value("batch_size") for bound in STEP_RANGE)
+    num_weighted = sum(picture.repeats for picture in scan.pictures)
+    views = round(min(max(VIEWS_PER_PICTURE[answers.subject] * num_weighted, low), high) / num_weighted) or 1
+    result.put("repeats", max(1, round(views / EPOCHS)), "COMMON", f"each picture is seen about {views} times in all")
+    repeats = result.value("repeats")
+    epochs = max(1, round(views / repeats))
+    if result.value("optimizer") == "Prodigy" and result.value("scheduler") == "constant_with_warmup":
+        result.put("epochs", epochs + 1, "SCHED-PRODIGY", "one more, to make up for Prodigy's warm-up")
+    else:
+        result.put("epochs", epochs, "COMMON", f"{repeats} repeats x {epochs} epochs show each picture {repeats * epochs} times")
+    epochs = result.value("epochs")
+
+    batch_size, accumulation = result.value("batch_size"), result.overrides.get("gradient_accumulation_steps", 1)
+    num_batches = batches_per_epoch(scan.pictures, repeats, result.value("resolution"), result.value("buckets"),
+                                    result.overrides.get("upscale", False), batch_size)
+    steps = math.ceil(num_batches * epochs / accumulation)
+    accumulated = f" / {accumulation} accumulated" if accumulation > 1 else ""
+    result.put("steps", steps, "COMMON", f"{len(scan.pictures)} pictures x {repeats} repeats / batch {batch_size} = "
+                                         f"{num_batches} batches per epoch x {epochs} epochs{accumulated} = {steps}")
+    if "steps" in result.overrides:
+        steps = result.value("steps")
+        epochs = math.ceil(steps * accumulation / num_batches)
+        result.put("epochs", epochs, "COMMON", f"{steps} steps are about {epochs} epochs of {num_batches} batches")
+    every = _round_nicely(steps / SAVES_PER_RUN)
+    result.put("save_every", every, "COMMON", f"about {SAVES_PER_RUN} checkpoints in {steps} steps")
+    result.put("sample_every", every, "COMMON", "sample pictures with each checkpoint")
+
+
+def batches_per_epoch(pictures: list[Picture], repeats: int, resolution: int, buckets: bool, upscale: bool,
+                      batch_size: int) -> int:
+    """Forward passes that show every picture `repeats` times; a bucket's last batch may be smaller."""
+    counts: Counter = Counter()
+    for picture, crop in zip(pictures, plan_crops(pictures, resolution, buckets, upscale)):
+        counts[crop.width, crop.height] += picture.repeats * repeats
+    return steps_per_epoch(counts, batch_size)
+
+
+def _round_nicely(steps: float) -> int:
+    """One leading digit of 1, 2 or 5 (or 25), so that checkpoints have round names."""
+    if steps <= 1:
+        return 1
+    power = 10 ** math.floor(math.log10(steps))
+    return max(1, int(max(nice * power for nice in (1, 2, 2.5, 5) if nice * power <= steps)))
+
+
+def _warn(result: Derivation, answers: Answers, scan: Scan, base: BaseModel, gpu: Gpu) -> None:
+    num_pictures = len(scan.pictures)
+    low, high = COUNT_RANGE[answers.subject]
+    if not low <= num_pictures <= high:
+        result.warn("DATA-COUNT", f"{num_pictures} pictures; a {answers.subject} set should have {low} to {high}.")
+    small = [p for p in scan.pictures if p.width * p.height < result.value("resolution") ** 2 * 0.8]
+    if small:
+        result.warn("CROP", f"{len(small)} of {num_pictures} pictures are smaller than the base's "
+                            f"{result.value('resolution')}x{result.value('resolution')} (first: {small[0].path.name}); "
+                            f"they train in smaller buckets and teach less detail.")
+    without = [p for p in scan.pictures if p.caption is None]
+    if without and not answers.trigger:
+        result.warn("TAG-TRIGGER", f"{len(without)} pictures have no caption and there is no trigger word: they are "
+                                   f"learned as {class_word_for(answers)!r} in general.")
+    if not answers.trigger:
+        result.warn("TAG-TRIGGER", "No trigger word: the LoRA will act whenever it is loaded. "
+                                   "A rare made-up word gives you a switch.")
+    if result.value("alpha") > result.value("rank"):
+        result.warn("ALPHA-HALF", f"alpha {result.value('alpha'):g} is above rank {result.value('rank')}: permitted, "
+                                  f"likely to give an unexpected LoRA.")
+    if result.value("optimizer") == "Prodigy" and result.value("alpha") > result.value("rank") / 2:
+        result.warn("ALPHA-ADAPTIVE", "With Prodigy, alpha works best between 1 and half the rank.")
+    needed_gib = base.num_unet_parameters * 2 / GIB + 1.5
+    if 0 < gpu.vram_gib < needed_gib:
+        result.warn("COMMON", f"The base's weights alone take {needed_gib - 1.5:.1f} GiB in 16 bits; with {gpu.vram_gib:g} "
+                              f"GiB of VRAM this run will most likely stop with an out-of-memory error.")
+    if gpu.vram_gib == 0 and base.num_unet_parameters > FULL_MODEL_PARAMETERS:
+        result.warn("COMMON", "There is no GPU here. A full-size SDXL takes minutes per step on a processor.")
+    if gpu.note:
+        result.warn("COMMON", gpu.note)
+
+
+def class_word_for(answers: Answers) -> str:
+    """The class word in use: the person's own, or the usual one of the subject."""
+    return answers.class_word or CLASS_WORD[answers.subject]

@@ -1,0 +1,254 @@
+"""The Plan: everything a run needs, as one flat dataclass and one commented TOML file.
+
+The fields below are the only list of settings: the file's sections, the checks on loading, the
+wizard's help and the names in `crumb plan --json` are all read off them.
+"""
+
+import dataclasses
+import difflib
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import tomlkit
+
+from crumb.profiles.errors import RequestError
+
+PLAN_VERSION = 1
+
+OPTIMIZERS = ("AdamW8bit", "AdamW", "Prodigy")
+SCHEDULERS = ("constant", "constant_with_warmup")
+TARGETS = ("attention", "attention+ff", "attention+ff+conv")
+PRECISIONS = ("no", "fp16", "bf16")
+ADAPTIVE_OPTIMIZERS = ("Prodigy",)
+"""Optimizers that find the learning rate themselves: the rate given to them is a factor, 1 (OPT-PRODIGY)."""
+
+
+def _setting(section: str, help: str, default: Any = dataclasses.MISSING, *, choices=None, low=None, high=None):
+    metadata = {"section": section, "help": help, "choices": choices, "low": low, "high": high}
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(kw_only=True)
+class Plan:
+    """All settings of one run. `help` texts are the effect in plain words, units included."""
+
+    name: str = _setting("run", "Run folder, file name and the word in <lora:NAME:1>")
+    created: str = _setting("run", "When the plan was made (ISO 8601); written into the LoRA file as its date")
+    seed: int = _setting("run", "Same plan, seed and machine give the same file, bit for bit", 42, low=0, high=2**31 - 1)
+    device: str = _setting("run", "Where to train", "auto", choices=("auto", "cuda", "cpu"))
+
+    base_model: str = _setting("base", "SDXL .safetensors file or diffusers folder")
+    vae: str = _setting("base", "VAE file to use instead of the base's own; empty = the base's own", "")
+    prediction_type: str = _setting(
+        "base", "What the base model predicts", "epsilon", choices=("epsilon", "v_prediction"))
+    zero_terminal_snr: bool = _setting("base", "The base was trained with zero terminal SNR", False)
+
+    images: str = _setting("data", "Folder of pictures, captions beside them as .txt or .caption")
+    trigger: str = _setting("data", "Word that calls the LoRA; put before every caption that lacks it", "")
+    class_word: str = _setting("data", "What the subject is in one common word; used where a caption is missing", "")
+    resolution: int = _setting(
+        "data", "Pixels; training area is its square. SDXL: 1024", 1024, low=64, high=2048)
+    buckets: bool = _setting("data", "Keep aspect ratios by training in buckets of one size each", True)
+    upscale: bool = _setting("data", "Enlarge pictures that are smaller than their bucket", False)
+    repeats: int = _setting("data", "Times each picture is seen per epoch; below a folder named N_name, N times that", 1,
+                            low=1, high=10_000)
+    skip_broken: bool = _setting("data", "Train without the pictures that can't be read", False)
+
+    method: str = _setting("network", "What is trained", "lora", choices=("lora",))
+    targets: str = _setting("network", "Which layers learn; conv adds the 3x3 convolutions", "attention+ff",
+                            choices=TARGETS)
+    rank: int = _setting("network", "Capacity; more = larger file, more VRAM, more learned", 32, low=1, high=1024)
+    alpha: float = _setting("network", "The LoRA is scaled by alpha / rank", 16.0, low=0.1, high=1024)
+    conv_rank: int = _setting("network", "Rank of the 3x3 convolutions; 0 = they don't learn", 0, low=0, high=1024)
+    conv_alpha: float = _setting("network", "Alpha of the 3x3 convolutions", 1.0, low=0.1, high=1024)
+
+    steps: int = _setting("training", "Optimizer steps in all", 1000, low=1, high=1_000_000)
+    batch_size: int = _setting("training", "Pictures per forward pass", 1, low=1, high=64)
+    gradient_accumulation_steps: int = _setting("training", "Forward passes per step", 1, low=1, high=1024)
+    mixed_precision: str = _setting("training", "Number format of the base while training; no = fp32", "bf16",
+                                    choices=PRECISIONS)
+    gradient_checkpointing: bool = _setting("training", "Recompute activations: less VRAM, about a third slower", True)
+    max_grad_norm: float = _setting("training", "Gradients are clipped to this norm; 0 = off", 1.0, low=0, high=1000)
+    noise_offset: float = _setting("training", "Shifts the noise per channel for dark or bright pictures; 0 = off", 0.0,
+                                   low=0, high=1)
+
+    optimizer: str = _setting("optimizer", "The rule that turns gradients into learning", "AdamW8bit",
+                              choices=OPTIMIZERS)
+    optimizer_args: dict = _setting("optimizer", "Further arguments of the optimizer", {})
+    learning_rate: float = _setting("optimizer", "How strongly each step learns", 1e-4, low=1e-9, high=10)
+    scheduler: str = _setting("optimizer", "How the rate changes over the run", "constant", choices=SCHEDULERS)
+    warmup_ratio: float = _setting("optimizer", "Share of all steps in which the rate rises from 0", 0.1, low=0, high=1)
+
+    cache_latents: bool = _setting("memory", "Encode each picture once and keep the result on disk", True,
+                                   choices=(True,))
+    vae_tiling: bool = _setting("memory", "Run the VAE in tiles: less VRAM, a little slower", False)
+    vram_gib: float = _setting("memory", "GPU memory this plan was made for, GiB; 0 = no GPU", 0.0, low=0, high=1024)
+
+    save_precision: str = _setting("output", "Number format in the LoRA file", "fp16",
+                                   choices=("float", "fp16", "bf16"))
+    save_every: int = _setting("output", "Steps between checkpoints; 0 = only at the end", 250, low=0, high=1_000_000)
+    keep_checkpoints: int = _setting("output", "How many of the newest checkpoints to keep", 3, low=1, high=1000)
+    sample_every: int = _setting("output", "Steps between sample pictures; 0 = none", 250, low=0, high=1_000_000)
+    sample_prompts: list = _setting("output", "One picture is made of each", [])
+    sample_steps: int = _setting("output", "Denoising steps per sample picture", 20, low=1, high=200)
+    sample_guidance: float = _setting("output", "Classifier-free guidance of sample pictures", 6.0, low=1, high=30)
+
+    def __post_init__(self):
+        for setting in dataclasses.fields(self):
+            setattr(self, setting.name, _checked(setting, getattr(self, setting.name)))
+        _check_together(self)
+
+
+def plan_fields() -> dict[str, dataclasses.Field]:
+    return {setting.name: setting for setting in dataclasses.fields(Plan)}
+
+
+def load_plan(path: Path) -> Plan:
+    """Reads and checks a plan file; every mistake is a RequestError that names the place and the mend."""
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise RequestError(f"There is no plan at {path}. Make one with `crumb plan --images DIR --base FILE`.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(f"The plan {path} can't be read: {error}.") from None
+    return parse_plan(text, source=str(path))
+
+
+def parse_plan(text: str, source: str = "the plan") -> Plan:
+    try:
+        document = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise RequestError(f"{source} is not valid TOML: {error}. Mend that line, or make the plan anew.") from None
+    version = document.pop("plan_version", None)
+    if version != PLAN_VERSION:
+        raise RequestError(f"{source} has plan_version {version!r}; this crumb reads {PLAN_VERSION}. Make the plan anew.")
+    values = {}
+    for section, content in document.items():
+        if not isinstance(content, dict) or section not in _sections():
+            raise RequestError(f"{source}: unknown section [{section}]." + _nearest(section, _sections()))
+        for key, value in content.items():
+            _check_key(key, section, source)
+            values[key] = value
+    for name, setting in plan_fields().items():
+        if name not in values and setting.default is dataclasses.MISSING and not _has_factory(setting):
+            raise RequestError(f"{source}: {name} is missing from [{setting.metadata['section']}]: "
+                               f"{setting.metadata['help']}.")
+    try:
+        return Plan(**values)
+    except RequestError as error:
+        raise RequestError(f"{source}: {error}") from None
+
+
+def dump_plan(plan: Plan, reasons: dict[str, str] | None = None, notes: list[str] = ()) -> str:
+    """The plan as TOML, each value under its help text and, where derived, its reason."""
+    document = tomlkit.document()
+    document.add(tomlkit.comment("A crumb training plan. Edit what you like; `crumb train THIS_FILE` checks every value."))
+    for note in notes:
+        document.add(tomlkit.comment(note))
+    document.add("plan_version", PLAN_VERSION)
+    for section in _sections():
+        table = tomlkit.table()
+        for name, setting in plan_fields().items():
+            if setting.metadata["section"] != section:
+                continue
+            choices = setting.metadata["choices"]
+            allowed = f" ({' | '.join(map(str, choices))})" if choices and len(choices) > 1 else ""
+            table.add(tomlkit.comment(f"{setting.metadata['help']}{allowed}"))
+            if reasons and name in reasons:
+                table.add(tomlkit.comment(f"  why: {reasons[name]}"))
+            value = getattr(plan, name)
+            if isinstance(value, dict):
+                inline = tomlkit.inline_table()
+                inline.update(value)
+                value = inline
+            table.add(name, value)
+        document.add(section, table)
+    return tomlkit.dumps(document)
+
+
+def check_value(name: str, value: Any) -> Any:
+    """One setting's value as its type, or a RequestError; text from a command line is converted."""
+    fields = plan_fields()
+    if name not in fields:
+        raise RequestError(f"There is no setting {name!r}." + _nearest(name, fields))
+    if isinstance(value, str) and fields[name].type is not str:
+        value = _from_text(fields[name], value)
+    return _checked(fields[name], value)
+
+
+def _from_text(setting: dataclasses.Field, text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        if setting.type is list:
+            return [text]
+        raise RequestError(f"{setting.name} is {text!r}; it must be {_TYPE_WORDS[setting.type]}.") from None
+
+
+_TYPE_WORDS = {
+    int: "a whole number", float: "a number", bool: "true or false", str: "text in quotes",
+    list: "a list of texts", dict: "a table of arguments",
+}
+
+
+def _checked(setting: dataclasses.Field, value: Any) -> Any:
+    wanted = setting.type
+    if wanted is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    wrong_type = not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool)
+    if wrong_type or (wanted is list and not all(isinstance(item, str) for item in value)):
+        raise RequestError(f"{setting.name} is {value!r}; it must be {_TYPE_WORDS[wanted]}.")
+    if wanted is str and any(ord(letter) < 32 for letter in value):
+        raise RequestError(f"{setting.name} holds a control character; use plain text on one line.")
+    choices, low, high = (setting.metadata[key] for key in ("choices", "low", "high"))
+    if choices and value not in choices:
+        raise RequestError(f"{setting.name} is {value!r}; it must be one of {', '.join(map(str, choices))}."
+                           + _nearest(value, choices))
+    if low is not None and not low <= value <= high:  # NaN fails this too
+        raise RequestError(f"{setting.name} is {value!r}; it must be between {low} and {high}.")
+    return value
+
+
+def _check_together(plan: Plan) -> None:
+    """Rules that need more than one value; the same ones for wizard, `crumb plan` and the engine."""
+    if plan.resolution % 64:
+        raise RequestError(f"resolution is {plan.resolution}; it must be a multiple of 64 (guide: CROP). "
+                           f"Use {round(plan.resolution / 64) * 64}.")
+    if ("conv" in plan.targets) != (plan.conv_rank > 0):
+        raise RequestError(f"targets is {plan.targets!r} but conv_rank is {plan.conv_rank}. Set conv_rank above 0 together "
+                           f"with targets = \"attention+ff+conv\", or neither.")
+    if plan.optimizer in ADAPTIVE_OPTIMIZERS and plan.learning_rate < 0.1:
+        raise RequestError(f"learning_rate is {plan.learning_rate:g} with {plan.optimizer}, which finds the rate itself and "
+                           f"takes this number as a factor. Set learning_rate = 1.0 (guide: OPT-PRODIGY).")
+    if plan.optimizer not in ADAPTIVE_OPTIMIZERS and plan.learning_rate > 0.1:
+        raise RequestError(f"learning_rate is {plan.learning_rate:g} with {plan.optimizer}; above 0.1 training falls apart. "
+                           f"1e-4 is the usual start (a rate of 1 is for Prodigy).")
+    if plan.device == "cpu" and plan.mixed_precision == "fp16":
+        raise RequestError("mixed_precision is fp16 with device cpu, which has no fast fp16. Set mixed_precision = \"no\".")
+
+
+def _check_key(key: str, section: str, source: str) -> None:
+    fields = plan_fields()
+    if key not in fields:
+        raise RequestError(f"{source}: unknown key {key!r} in [{section}]." + _nearest(key, fields))
+    right_section = fields[key].metadata["section"]
+    if right_section != section:
+        raise RequestError(f"{source}: {key} stands in [{section}]; move it to [{right_section}].")
+
+
+def _sections() -> list[str]:
+    return list(dict.fromkeys(setting.metadata["section"] for setting in plan_fields().values()))
+
+
+def _has_factory(setting: dataclasses.Field) -> bool:
+    return setting.default_factory is not dataclasses.MISSING
+
+
+def _nearest(word: Any, known) -> str:
+    match = difflib.get_close_matches(str(word), [str(name) for name in known], n=1, cutoff=0.5)
+    return f" Did you mean {match[0]!r}?" if match else ""

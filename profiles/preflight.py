@@ -1,0 +1,33 @@
+"""Is a plan runnable, before anything is started or written? The launcher and the engine ask the same questions."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from crumb.profiles.base_model import BaseModel, inspect_base_model
+from crumb.profiles.dataset import Scan, scan_pictures
+from crumb.profiles.errors import RequestError
+from crumb.profiles.interview import check_scan
+from crumb.profiles.plan import Plan
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the plan's paths turned out to hold."""
+
+    base: BaseModel
+    scan: Scan
+
+
+def preflight(plan: Plan, on_progress=None) -> Facts:
+    """Looks at every file the plan names; RequestError for the first that won't do."""
+    base = inspect_base_model(Path(plan.base_model))
+    if base.prediction_type and base.prediction_type != plan.prediction_type:
+        raise RequestError(f"prediction_type is {plan.prediction_type} but {base.path.name} is {base.prediction_type} "
+                           f"({base.prediction_evidence}). Set prediction_type = \"{base.prediction_type}\" in [base].")
+    if not base.has_vae and not plan.vae:
+        raise RequestError(f"{base.path} has no VAE baked in. Set vae in [base] to an SDXL VAE file.")
+    if plan.vae and not Path(plan.vae).exists():
+        raise RequestError(f"The VAE {plan.vae} does not exist. Mend vae in [base], or leave it empty to use the base's own.")
+    scan = scan_pictures(Path(plan.images), on_progress=on_progress)
+    check_scan(scan, plan.skip_broken)
+    return Facts(base, scan)

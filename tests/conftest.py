@@ -1,0 +1,47 @@
+"""What every test shares: private folders, a tiny SDXL file, a folder of real photographs."""
+
+import os
+import shutil
+import subprocess
+import sys
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session", autouse=True)
+def private_folders(tmp_path_factory):
+    """No test touches this person's caches, state or runs; the cache is shared by the session, as in life."""
+    home = tmp_path_factory.mktemp("home")
+    patch = pytest.MonkeyPatch()
+    for name, folder in (("CRUMB_CACHE", "cache"), ("XDG_STATE_HOME", "state"), ("XDG_CONFIG_HOME", "config"),
+                         ("XDG_CACHE_HOME", "xdg-cache")):
+        patch.setenv(name, str(home / folder))
+    patch.setenv("HF_HUB_OFFLINE", "1")
+    patch.delenv("TERM", raising=False)
+    yield
+    patch.undo()
+
+
+@pytest.fixture(autouse=True)
+def private_runs(tmp_path, monkeypatch):
+    monkeypatch.setenv("CRUMB_RUNS", str(tmp_path / "runs"))
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory) -> Path:
+    """A single-file SDXL checkpoint in the real key layout with small widths and random weights."""
+    path = tmp_path_factory.mktemp("base") / "tiny-sdxl.safetensors"
+    subprocess.run([sys.executable, "-P", "-m", "crumb.engine.model.tiny", str(path)], check=True, env=os.environ)
+    return path
+
+
+@pytest.fixture(scope="session")
+def photographs(tmp_path_factory) -> Path:
+    """The demo's six photographs with captions, as a folder of their own."""
+    folder = tmp_path_factory.mktemp("photographs")
+    for file in (files("crumb.engine") / "demo" / "pictures").iterdir():
+        if file.name.endswith((".jpg", ".txt")):
+            shutil.copy(str(file), folder / file.name)
+    return folder

@@ -1,0 +1,112 @@
+"""Derived values against the guide's rules, written from the guide by hand."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from crumb.profiles.answers import SUBJECTS, Answers
+from crumb.profiles.base_model import BaseModel
+from crumb.profiles.dataset import Picture, Scan
+from crumb.profiles.derive import derive
+from crumb.profiles.hardware import resolve_gpu
+from crumb.profiles.plan import Plan, plan_fields
+
+BASE = BaseModel(Path("sdxl.safetensors"), "single_file", "fp16", "epsilon", "", False, True, 2_567_463_684, 1024)
+
+
+def scan(num_pictures: int, size=(1024, 1024), repeats=1) -> Scan:
+    pictures = [Picture(Path(f"{n}.png"), *size, repeats, f"a photo {n}", None) for n in range(num_pictures)]
+    return Scan(Path("pictures"), pictures, [])
+
+
+def derived(gpu="RTX 3060", num_pictures=20, vram_gib=None, **answers):
+    answers = Answers(images="pictures", base="sdxl.safetensors", trigger="ohwx", gpu=gpu, vram_gib=vram_gib, **answers)
+    return derive(answers, scan(num_pictures), BASE, resolve_gpu(gpu, vram_gib))
+
+
+@pytest.mark.parametrize(("gpu", "mixed", "rule_words"), [
+    ("RTX 4090", "bf16", "best choice"),
+    ("RTX 3060 12GB", "bf16", "best choice"),
+    ("RTX 2060", "fp16", "older than RTX 30"),
+    ("GTX 1660 SUPER", "fp16", "older than RTX 30"),
+    ("cpu", "no", "fp32"),
+])
+def test_precision(gpu, mixed, rule_words):
+    value = derived(gpu).values["mixed_precision"]
+    assert (value.value, value.rule) == (mixed, "PREC-MIXED") and rule_words in value.reason
+
+
+@pytest.mark.parametrize(("subject", "look", "num_pictures", "vram_gib", "rank", "alpha"), [
+    ("character", "realistic", 20, 12, 32, 16),
+    ("character", "anime", 20, 12, 16, 8),
+    ("style", "realistic", 50, 12, 64, 32),
+    ("style", "realistic", 100, 12, 128, 64),     # RANK-RAISE: 100 images or more
+    ("style", "anime", 200, 12, 64, 32),
+    ("concept", "realistic", 60, 12, 32, 16),
+    ("style", "realistic", 200, 6, 16, 8),        # RANK-RANGE: higher rank, more VRAM
+])
+def test_rank_and_alpha(subject, look, num_pictures, vram_gib, rank, alpha):
+    result = derived(subject=subject, look=look, num_pictures=num_pictures, vram_gib=vram_gib)
+    assert (result.value("rank"), result.value("alpha")) == (rank, alpha)
+
+
+def test_optimizer_rules():
+    prodigy = derived("RTX 4090")
+    assert prodigy.value("optimizer") == "Prodigy" and prodigy.value("scheduler") == "constant"
+    assert prodigy.value("learning_rate") == 1.0 and prodigy.value("alpha") <= prodigy.value("rank") / 2
+    assert prodigy.value("optimizer_args") == {
+        "decouple": True, "weight_decay": 0.01, "d_coef": 2.0, "use_bias_correction": True, "safeguard_warmup": False,
+        "betas": [0.9, 0.999]}
+    small = derived("RTX 3070")
+    assert (small.value("optimizer"), small.value("scheduler"), small.value("warmup_ratio")) == (
+        "AdamW8bit", "constant_with_warmup", 0.1)
+
+
+def test_prodigy_with_warmup_gets_an_epoch_more():
+    plain = derived("RTX 4090")
+    warm = derived("RTX 4090", overrides={"scheduler": "constant_with_warmup"})
+    assert warm.value("epochs") == plain.value("epochs") + 1
+    assert warm.value("steps") > plain.value("steps")
+
+
+def test_arithmetic_is_shown_and_right():
+    steps = derived("RTX 3070", num_pictures=24).values["steps"]
+    assert steps.value == 24 * 10 * 10
+    assert "24 pictures x 10 repeats / batch 1 = 240 batches per epoch x 10 epochs = 2400" in steps.reason
+
+
+@pytest.mark.parametrize(("subject", "num_pictures", "warned"), [
+    ("character", 9, True), ("character", 10, False), ("character", 50, False), ("character", 51, True),
+    ("style", 99, True), ("style", 100, False), ("concept", 49, True), ("concept", 50, False)])
+def test_picture_count_warnings(subject, num_pictures, warned):
+    rules = [warning["rule"] for warning in derived(subject=subject, num_pictures=num_pictures).warnings]
+    assert ("DATA-COUNT" in rules) == warned
+
+
+def test_what_was_set_by_hand_wins_and_moves_the_rest():
+    result = derived(overrides={"rank": 48, "optimizer": "AdamW", "steps": 300})
+    assert result.value("rank") == 48 and result.values["rank"].reason == "set by you"
+    assert result.value("alpha") == 16 and result.value("learning_rate") == 1e-4
+    assert result.value("steps") == 300 and result.value("save_every") == 25
+    conv = derived(overrides={"conv_rank": 8})
+    assert (conv.value("targets"), conv.value("conv_alpha")) == ("attention+ff+conv", 4.0)
+    assert derived(overrides={"targets": "attention+ff+conv"}).value("conv_rank") > 0
+
+
+@settings(deadline=None)
+@given(subject=st.sampled_from(SUBJECTS), look=st.sampled_from(["realistic", "anime"]), count=st.integers(1, 5000),
+       vram_gib=st.sampled_from([0, 4, 6, 8, 12, 16, 24, 80]), repeats=st.integers(1, 10),
+       overrides=st.fixed_dictionaries({}, optional={
+           "optimizer": st.sampled_from(["AdamW", "AdamW8bit", "Prodigy"]), "rank": st.integers(1, 1024),
+           "scheduler": st.sampled_from(["constant", "constant_with_warmup"]), "batch_size": st.integers(1, 8),
+           "conv_rank": st.integers(0, 64), "epochs": st.integers(1, 15), "gradient_accumulation_steps": st.integers(1, 8)}))
+def test_no_answers_lead_to_an_invalid_plan(subject, look, count, vram_gib, repeats, overrides):
+    answers = Answers(images="p", base="b", subject=subject, look=look, vram_gib=float(vram_gib), overrides=overrides)
+    gpu = resolve_gpu("auto" if vram_gib else "cpu", float(vram_gib))
+    result = derive(answers, scan(count, repeats=repeats), BASE, gpu)
+    values = {name: value.value for name, value in result.values.items() if name in plan_fields()}
+    plan = Plan(name="n", created="2026-01-01T00:00:00+00:00", base_model="b", images="p", **values)
+    assert all(value.reason for value in result.values.values())
+    assert 1 <= plan.rank <= 1024 and plan.alpha <= max(plan.rank, 1)

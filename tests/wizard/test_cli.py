@@ -1,0 +1,126 @@
+"""What the commands print: the names other programs rely on, help with examples, exactly one JSON object."""
+
+import json
+import os
+import pty
+import re
+import subprocess
+import sys
+
+import pytest
+
+from crumb.profiles.plan import load_plan
+from crumb.wizard import doctor
+from crumb.wizard.cli import build_parser, main
+
+PROMISED = {
+    "method", "rank", "alpha", "conv_rank", "mixed_precision", "save_precision", "optimizer", "optimizer_args",
+    "learning_rate", "text_encoder_learning_rate", "scheduler", "warmup_ratio", "resolution", "buckets", "repeats", "epochs",
+    "steps", "batch_size", "clip_skip", "noise_offset", "regularization", "tag_threshold", "gradient_checkpointing",
+    "cache_latents", "vram_gib",
+}
+COMMANDS = ("plan", "demo", "train", "resume", "watch", "runs", "stop", "sample", "verify", "doctor")
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def request(base, photographs, *more):
+    return ["plan", "--images", str(photographs), "--base", str(base), "--gpu", "RTX 3060 12GB", "--trigger", "ohwx", *more]
+
+
+def test_plan_json_holds_every_promised_name(tiny_base, photographs, folder, capsys):
+    assert main(request(tiny_base, photographs, "--json", "--set", "rank=8")) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed.keys() >= PROMISED, PROMISED - printed.keys()
+    assert printed["rank"] == {"value": 8, "rule": "", "reason": "set by you"}
+    assert printed["alpha"]["value"] == 4.0 and printed["alpha"]["rule"] == "ALPHA-HALF"
+    assert all(value.keys() == {"value", "rule", "reason"} for name, value in printed.items() if name != "warnings")
+    assert {"rule", "text"} == set(printed["warnings"][0])
+    assert list(folder.glob("*.toml")) == [], "--json writes a file only when --out names one"
+
+
+def test_plan_table_fits_80_columns_and_the_file_holds_the_same(tiny_base, photographs, folder, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(request(tiny_base, photographs, "--out", "my plan.toml")) == 0
+    output = capsys.readouterr().out
+    assert max(map(len, output.splitlines())) <= 80, output
+    assert "\x1b" not in output
+    assert "Next:  crumb train 'my plan.toml'" in output
+    plan = load_plan(folder / "my plan.toml")
+    assert plan.name == "ohwx" and plan.optimizer == "Prodigy" and plan.vram_gib == 12
+
+
+def test_every_command_has_help_with_an_example(capsys):
+    for command in COMMANDS:
+        with pytest.raises(SystemExit) as left:
+            build_parser().parse_args([command, "--help"])
+        assert left.value.code == 0
+        assert f"example: crumb {command}" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        build_parser().parse_args(["--help"])
+    listed = set(re.findall(r"^    (\w+) ", capsys.readouterr().out, re.MULTILINE))
+    assert listed == set(COMMANDS), "a command of later work must not be listed before it is there"
+
+
+def test_runs_as_json(folder, capsys):
+    assert main(["runs", "--json"]) == 0
+    earlier = json.loads(capsys.readouterr().out)
+    run = folder / "runs/one"
+    run.mkdir(parents=True)
+    (run / "plan.toml").write_text("")
+    (run / "state.json").write_text('{"state": "stopped", "step": 3, "steps": 9, "heartbeat": 1}')
+    (run / "events.jsonl").write_text('{"time": 1, "type": "step", "step": 3, "loss": 0.2, "loss_smoothed": 0.25}\n')
+    assert main(["runs", "--json"]) == 0
+    (found,) = [run for run in json.loads(capsys.readouterr().out) if run not in earlier]
+    assert {key: found[key] for key in ("name", "state", "step", "steps", "loss")} == {
+        "name": "one", "state": "stopped", "step": 3, "steps": 9, "loss": 0.25}
+
+
+def test_doctor_tells_what_follows_from_what_is_missing(monkeypatch, capsys):
+    monkeypatch.setattr(doctor, "PACKAGES", {"json": "nothing", "no-such-package": "AdamW8bit falls back", "rich": "no colours"})
+    monkeypatch.setattr(doctor, "detect_gpu", lambda: None)
+    assert main(["doctor", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["no-such-package"]["status"] == "missing"
+    assert found["no-such-package"]["consequence"] == "AdamW8bit falls back"
+    assert found["rich"]["status"] == "ok"
+    assert found["gpu"]["status"] == "missing" and "processor" in found["gpu"]["consequence"]
+    assert {finding["status"] for finding in found.values()} <= {"ok", "missing", "broken"}
+
+
+def test_a_package_that_kills_its_process_is_a_finding(tmp_path, monkeypatch):
+    (tmp_path / "deadly.py").write_text("import os; os._exit(9)")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert doctor.probe_packages(["rich", "deadly", "json"]) == {"rich": {"name": "rich", "ok": True, "why": ""}}
+
+
+@pytest.mark.parametrize("term, words", [("dumb", "crumb --plain"), ("xterm", "New LoRA")])
+def test_the_wizard_in_a_real_terminal(term, words):
+    """On a pty: the first screen comes and no heavy package is imported for it; a dumb terminal is refused in words."""
+    master, slave = pty.openpty()
+    code = ("import sys; from crumb.wizard import app, cli\n"
+            "app.Wizard.on_ready = lambda self: self.set_timer(0.3, lambda: self.exit(0))\n"
+            "code = cli.main([])\n"
+            "heavy = {'torch', 'diffusers', 'transformers', 'PIL'} & sys.modules.keys()\n"
+            "print('heavy:', heavy or 'none'); sys.exit(code)")
+    process = subprocess.Popen([sys.executable, "-P", "-c", code], stdin=slave, stdout=slave, stderr=slave,
+                               env={**os.environ, "TERM": term, "COLUMNS": "80", "LINES": "24"}, start_new_session=True)
+    os.close(slave)
+    output = b""
+    while True:
+        try:
+            chunk = os.read(master, 65536)
+        except OSError:
+            break
+        if not chunk:
+            break
+        output += chunk
+    os.close(master)
+    text = output.decode(errors="replace")
+    assert process.wait(timeout=20) == (2 if term == "dumb" else 0), text
+    assert words in text
+    assert "heavy: none" in text
