@@ -5,7 +5,7 @@ Separate from the screens, which only ask and show; import it after `terminal.se
 
 import sys
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 from textual.app import App
 
@@ -25,7 +25,7 @@ class Wizard(App[int]):
     TITLE = "crumb"
     CSS_PATH = "app.tcss"
     ENABLE_COMMAND_PALETTE = False
-    BINDINGS = [("f10", "leave", "Quit")]
+    BINDINGS: ClassVar = [("f10", "leave", "Quit")]
 
     def __init__(self, ascii: bool = False):
         super().__init__()

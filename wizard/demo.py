@@ -64,7 +64,7 @@ def show_outcome(run: RunDirectory, options) -> None:
     """Before and after, the file, and what to type next."""
     from rich.console import Console
 
-    from crumb.wizard.dashboard.pictures import before_after
+    from crumb.wizard.dashboard.pictures import before_after, can_show_pictures
 
     first = run.samples / "step-000000-0.png"
     last = max(run.samples.glob("step-*-0.png"), default=first)
@@ -72,7 +72,8 @@ def show_outcome(run: RunDirectory, options) -> None:
         console = Console(highlight=False)
         console.print("\nBefore and after, same prompt and seed:")
         console.print(before_after(first, last, min(console.width, PICTURES_CELLS), options.ascii))
-        print(f"In full: {first}\n         {last}")
+        if can_show_pictures(console, options.ascii):
+            print(f"In full: {first}\n         {last}")
     print(f"\nYour LoRA: {run.result}")
     print("\nWith your own pictures, either of these:\n"
           "  crumb\n"

@@ -149,7 +149,7 @@ def _check_whole(report: Report, modules: dict) -> None:
     elif not any(report.block_norms.values()):
         report.problems.append("every change is zero: this LoRA does nothing")
     if not report.metadata.get("ss_base_model_version", "").startswith("sdxl_"):
-        report.problems.append("metadata ss_base_model_version does not start with sdxl_: A1111 hides the file from SDXL models")
+        report.problems.append("ss_base_model_version does not start with sdxl_: A1111 hides the file from SDXL models")
     for encoder, num_layers in TEXT_ENCODER_LAYERS.items():
         for layer in range(num_layers):
             names = [f"{encoder}_text_model_encoder_layers_{layer}_self_attn_{p}_proj" for p in ("q", "k", "v", "out")]

@@ -81,7 +81,7 @@ def test_runs_as_json(folder, capsys):
 
 
 def test_doctor_tells_what_follows_from_what_is_missing(monkeypatch, capsys):
-    monkeypatch.setattr(doctor, "PACKAGES", {"json": "nothing", "no-such-package": "AdamW8bit falls back", "rich": "no colours"})
+    monkeypatch.setattr(doctor, "PACKAGES", {"no-such-package": "AdamW8bit falls back", "rich": "no colours"})
     monkeypatch.setattr(doctor, "detect_gpu", lambda: None)
     assert main(["doctor", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)

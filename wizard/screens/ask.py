@@ -1,6 +1,7 @@
 """One step of the interview: its questions as fields, and what the named files turned out to hold."""
 
 from pathlib import Path
+from typing import ClassVar
 
 from textual import on, work
 from textual.app import ComposeResult
@@ -28,7 +29,7 @@ class AskScreen(Screen):
     """Enter accepts a field and goes on to the next; an answer is saved the moment it is accepted."""
 
     AUTO_FOCUS = None
-    BINDINGS = [
+    BINDINGS: ClassVar = [
         ("escape", "back", "Back"), ("ctrl+n", "next", "Next step"), ("f1", "explain", "Help"),
         ("up", "move(-1)", ""), ("down", "move(1)", ""),
     ]

@@ -1,7 +1,7 @@
 """Small windows over a screen: a message, a question with a harmless default, and changing one setting."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 from textual.app import ComposeResult
 from textual.containers import Vertical, VerticalScroll
@@ -33,13 +33,13 @@ class Dialog(ModalScreen):
 class MessageDialog(Dialog):
     """Says one thing."""
 
-    BINDINGS = [("enter,escape,f1,f3,q", "dismiss(None)", "Close")]
+    BINDINGS: ClassVar = [("enter,escape,f1,f3,q", "dismiss(None)", "Close")]
 
 
 class ConfirmDialog(Dialog):
     """True only on `y`: Enter and Esc keep everything as it is."""
 
-    BINDINGS = [("y", "dismiss(True)", "Yes"), ("n,enter,escape", "dismiss(False)", "No")]
+    BINDINGS: ClassVar = [("y", "dismiss(True)", "Yes"), ("n,enter,escape", "dismiss(False)", "No")]
 
     def compose_controls(self) -> ComposeResult:
         yield Static("y: yes     n, Enter or Esc: no", classes="keys")
@@ -51,7 +51,7 @@ class SettingDialog(Dialog):
     `check` turns the text into the value or raises RequestError.
     """
 
-    BINDINGS = [("escape", "dismiss(None)", "Back")]
+    BINDINGS: ClassVar = [("escape", "dismiss(None)", "Back")]
     DERIVED = object()
 
     def __init__(self, name: str, text: str, present: str, check: Callable[[str], Any]):

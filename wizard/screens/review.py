@@ -2,7 +2,7 @@
 
 import dataclasses
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 from textual import work
 from textual.app import ComposeResult
@@ -39,8 +39,8 @@ VALUE_CELLS = 16
 class ReviewScreen(Screen):
     """Nothing is started or written before ctrl+n."""
 
-    BINDINGS = [("escape", "back", "Back"), ("ctrl+n", "start", "Start the run"), ("f3", "details", "Command"),
-                ("f5", "write", "Write plan"), ("f1", "explain", "Help")]
+    BINDINGS: ClassVar = [("escape", "back", "Back"), ("ctrl+n", "start", "Start the run"), ("f3", "details", "Command"),
+                          ("f5", "write", "Write plan"), ("f1", "explain", "Help")]
 
     def __init__(self):
         super().__init__()
@@ -126,7 +126,8 @@ class ReviewScreen(Screen):
             save_draft(self.app.answers, "review")
             self._conclude()
 
-        self.app.push_screen(SettingDialog(name, setting_help(name, derived), as_typed(derived.value), self._checker(name)), take)
+        help = setting_help(name, derived)
+        self.app.push_screen(SettingDialog(name, help, as_typed(derived.value), self._checker(name)), take)
 
     def _checker(self, name: str):
         def check(text: str) -> Any:

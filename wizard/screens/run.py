@@ -2,6 +2,7 @@
 
 import subprocess
 import time
+from typing import ClassVar
 
 from textual.app import ComposeResult
 from textual.screen import Screen
@@ -20,16 +21,16 @@ ANSWER_S = 6.0
 
 RUNNING_KEYS = "q leave, training goes on   p pictures now   s save now   x stop   Esc menu"
 ENDED_KEYS = "q leave   Esc menu   F1 help"
-HELP = ("q or d leaves crumb; the run goes on. Esc goes to the menu; the run goes on. x asks it to stop after its present step, "
-        "with everything saved. p makes sample pictures now, s saves a checkpoint now.\n\nThe curve is the loss smoothed; the "
-        "dots are single steps. Lower is a closer fit, not a better LoRA: look at the sample pictures.")
+HELP = ("q or d leaves crumb; the run goes on. Esc goes to the menu; the run goes on. x asks it to stop after its present "
+        "step, with everything saved. p makes sample pictures now, s saves a checkpoint now.\n\nThe curve is the loss "
+        "smoothed; the dots are single steps. Lower is a closer fit, not a better LoRA: look at the sample pictures.")
 
 
 class RunScreen(Screen):
     """Reads the run directory only; requests go in as files. Leaving never touches the run."""
 
-    BINDINGS = [("q,d", "detach", ""), ("x", "stop", ""), ("p", "ask('sample')", ""), ("s", "ask('save')", ""),
-                ("escape", "menu", ""), ("f1,question_mark", "explain", "")]
+    BINDINGS: ClassVar = [("q,d", "detach", ""), ("x", "stop", ""), ("p", "ask('sample')", ""), ("s", "ask('save')", ""),
+                          ("escape", "menu", ""), ("f1,question_mark", "explain", "")]
 
     def __init__(self, run: RunDirectory, process: subprocess.Popen | None = None):
         super().__init__()

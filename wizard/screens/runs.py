@@ -2,6 +2,7 @@
 
 import time
 from pathlib import Path
+from typing import ClassVar
 
 from textual import work
 from textual.app import ComposeResult
@@ -20,7 +21,7 @@ from crumb.wizard.screens.dialogs import MessageDialog
 class RunsScreen(Screen):
     """The newest first."""
 
-    BINDINGS = [("escape", "app.pop_screen", "Back"), ("r", "resume", "Resume"), ("f5", "reload", "Read again")]
+    BINDINGS: ClassVar = [("escape", "app.pop_screen", "Back"), ("r", "resume", "Resume"), ("f5", "reload", "Read again")]
 
     def compose(self) -> ComposeResult:
         yield Static("crumb   Runs", classes="head")

@@ -1,6 +1,7 @@
 """The first screen: a new LoRA, the draft, a run that is going on, or the runs of the past."""
 
 import time
+from typing import ClassVar
 
 from textual.app import ComposeResult
 from textual.screen import Screen
@@ -27,7 +28,7 @@ MAX_RUNNING_SHOWN = 4
 class WelcomeScreen(Screen):
     """Shown again whenever the person comes back to it, with what is true then."""
 
-    BINDINGS = [("f1", "explain", "Help")]
+    BINDINGS: ClassVar = [("f1", "explain", "Help")]
 
     def compose(self) -> ComposeResult:
         yield Static("crumb", classes="head")

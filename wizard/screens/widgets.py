@@ -1,7 +1,7 @@
 """The controls of the question screens, readable without colour: a choice, a field around a question, path proposals."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from rich.text import Text
 from textual import events
@@ -21,7 +21,7 @@ from crumb.wizard.questions import Question, read_answer
 class Choice(Widget, can_focus=True):
     """One of a few: `(x) this   ( ) that`. Left and right move the mark; Textual's own buttons differ in colour only."""
 
-    BINDINGS = [("left", "move(-1)", ""), ("right,space", "move(1)", ""), ("enter", "submit", "")]
+    BINDINGS: ClassVar = [("left", "move(-1)", ""), ("right,space", "move(1)", ""), ("enter", "submit", "")]
     index = reactive(0)
 
     class Changed(Message):

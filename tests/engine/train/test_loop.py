@@ -1,0 +1,157 @@
+"""The loop's promises that a whole run would hide: bad steps dropped, loss scaling exact, accumulation a true mean."""
+
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from crumb.engine.data.caches import write_entry
+from crumb.engine.data.prepare import TrainingSet
+from crumb.engine.memory.placement import Placement
+from crumb.engine.model.load import load_unet
+from crumb.engine.network.lora import attach_lora
+from crumb.engine.train import loop
+from crumb.engine.train.loop import Trainer
+from crumb.engine.train.noise import alphas_cumprod, sample_noise, step_generator
+from crumb.engine.train.optimizer import make_optimizer
+from crumb.engine.train.schedule import learning_rate_factor
+from crumb.profiles.base_model import inspect_base_model
+from crumb.profiles.buckets import assign
+from crumb.profiles.dataset import Picture
+from crumb.profiles.errors import CrumbError, RequestError
+from crumb.profiles.plan import Plan
+
+NUM_PICTURES = 4
+
+
+@pytest.fixture
+def trainer(tiny_base, tmp_path):
+    def make(dtype=torch.float32, **settings) -> Trainer:
+        plan = Plan(**{"name": "t", "created": "2026-01-01T00:00:00+00:00", "base_model": str(tiny_base), "images": "p",
+                       "rank": 4, "alpha": 4.0, "resolution": 128, "optimizer": "AdamW", "steps": 10,
+                       "learning_rate": 1e-3, "mixed_precision": "no"} | settings)
+        placement = Placement(torch.device("cpu"), dtype, False)
+        unet = load_unet(inspect_base_model(tiny_base), dtype)
+        network = attach_lora(unet, plan.targets, plan.rank, plan.alpha, plan.conv_rank, plan.conv_alpha, plan.seed)
+        for index, layer in enumerate(network.layers.values()):  # B is zero at first, and then dA is too
+            layer.lora_B.data = torch.randn(layer.lora_B.shape, generator=torch.Generator().manual_seed(index)) * 0.05
+        optimizer = make_optimizer(plan, network.parameters(), placement.device, print)
+        scaler = torch.amp.GradScaler("cpu", enabled=dtype == torch.float16)
+        return Trainer(plan, unet, network, optimizer, scaler, training_set(tmp_path), placement, alphas_cumprod(False),
+                       0.13025, SimpleNamespace(), SimpleNamespace())
+    return make
+
+
+def training_set(folder: Path) -> TrainingSet:
+    generator = torch.Generator().manual_seed(3)
+    latents, prompts = [], {}
+    for index in range(NUM_PICTURES):
+        latents.append(folder / "cache" / "latents" / f"{index}.safetensors")
+        write_entry(latents[-1], {"mean": torch.randn(4, 16, 16, generator=generator) * 7,
+                                  "std": torch.full((4, 16, 16), 0.1)})
+        prompts[f"caption {index}"] = folder / "cache" / "prompts" / f"{index}.safetensors"
+        write_entry(prompts[f"caption {index}"], {"encoder_hidden_states": torch.randn(77, 128, generator=generator),
+                                                  "pooled": torch.randn(64, generator=generator)})
+    pictures = [Picture(Path(f"{index}.png"), 128, 128, 1, f"caption {index}", None) for index in range(NUM_PICTURES)]
+    return TrainingSet(pictures, [assign(128, 128, 128)] * NUM_PICTURES, list(prompts), latents, prompts,
+                       {(128, 128): list(range(NUM_PICTURES))}, "base")
+
+
+def gradients(trainer: Trainer) -> torch.Tensor:
+    trainer._accumulate_gradients(0)
+    scale = trainer.scaler.get_scale()
+    return torch.cat([parameter.grad.flatten() for parameter in trainer.network.parameters()]) / scale
+
+
+def test_fp16_loss_scaling_gives_fp32_gradients(trainer):
+    exact, scaled = gradients(trainer()), gradients(trainer(torch.float16))
+    difference = ((scaled - exact).norm() / exact.norm()).item()
+    assert difference < 1e-2, difference
+    # Without the scale the smallest gradients would be gone: fp16 ends at 6e-8.
+    assert (scaled == 0).float().mean() < 0.01
+
+
+def test_bf16_gradients_follow_fp32(trainer):
+    exact, rounded = gradients(trainer()), gradients(trainer(torch.bfloat16))
+    cosine = torch.nn.functional.cosine_similarity(exact, rounded, dim=0).item()
+    assert cosine > 0.995, cosine
+
+
+def test_accumulation_is_the_mean_of_its_passes(trainer):
+    together = trainer(gradient_accumulation_steps=2, batch_size=2)
+    loss, num_pictures, _ = together._accumulate_gradients(0)
+    accumulated = torch.cat([p.grad.flatten() for p in together.network.parameters()])
+    alone, losses = trainer(batch_size=2), []
+    for micro_step in (0, 1):
+        batch = alone.training_set.batch(alone._batch_indices(micro_step))
+        inputs = loop.draw(batch, alone.plan, alone.schedule, 0.13025, step_generator(42, 0, micro_step))
+        one = loop.forward_loss(alone.unet, batch, *inputs, alone.placement)
+        one.backward()
+        losses.append(one.item())
+    summed = torch.cat([p.grad.flatten() for p in alone.network.parameters()])
+    assert num_pictures == 4 and loss == pytest.approx(sum(losses) / 2, rel=1e-6)
+    torch.testing.assert_close(accumulated, summed / 2, rtol=1e-5, atol=1e-8)
+
+
+def test_a_nan_step_changes_nothing_and_is_counted(trainer, monkeypatch):
+    run = trainer()
+    run.train_step(0)
+    before = [parameter.detach().clone() for parameter in run.network.parameters()]
+    real = loop.forward_loss
+    monkeypatch.setattr(loop, "forward_loss", lambda *arguments: real(*arguments) * math.nan)
+    fields = run.train_step(1)
+    assert fields["skipped"] and fields["loss"] is None and run.skipped_in_a_row == 1
+    assert all(torch.equal(old, new) for old, new in zip(before, run.network.parameters()))
+    monkeypatch.setattr(loop, "forward_loss", real)
+    assert "skipped" not in run.train_step(2) and run.skipped_in_a_row == 0
+
+    monkeypatch.setattr(loop, "forward_loss", lambda *arguments: real(*arguments) * math.nan)
+    with pytest.raises(CrumbError, match="Lower the learning rate"):
+        for step in range(3, 60):
+            run.train_step(step)
+
+
+def test_clipping_bounds_the_gradient(trainer):
+    run = trainer(max_grad_norm=0.01, optimizer_args={"weight_decay": 0.0})
+    seen = []
+    step = run.optimizer.step
+    run.optimizer.step = lambda *a, **k: (seen.append(torch.cat([p.grad.flatten() for p in run.network.parameters()]).norm()),
+                                          step(*a, **k))
+    fields = run.train_step(0)
+    assert fields["grad_norm"] > 0.01 and seen[0].item() == pytest.approx(0.01, rel=1e-3)
+
+
+@pytest.mark.parametrize(("optimizer", "settings"), [
+    ("AdamW", {"learning_rate": 1e-3}),
+    ("Prodigy", {"learning_rate": 1.0, "optimizer_args": {"d_coef": 2.0, "betas": [0.9, 0.999], "decouple": True}})])
+def test_each_optimizer_learns_one_fixed_batch(trainer, monkeypatch, optimizer, settings):
+    monkeypatch.setattr(loop, "step_generator", lambda seed, step, micro: step_generator(seed, 0, max(micro, 0)))
+    run = trainer(optimizer=optimizer, batch_size=4, steps=40, **settings)
+    losses = [run.train_step(step)["loss"] for step in range(40)]
+    assert losses[-1] < 0.97 * losses[0], losses
+
+
+def test_wrong_optimizer_arguments_are_a_sentence(trainer):
+    with pytest.raises(RequestError, match="optimizer_args"):
+        trainer(optimizer_args={"momentun": 0.9})
+
+
+def test_adamw8bit_without_a_gpu_stands_in_and_says_so(trainer, capsys):
+    assert type(trainer(optimizer="AdamW8bit").optimizer) is torch.optim.AdamW
+    assert "replaced by 32-bit AdamW" in capsys.readouterr().out
+
+
+def test_warmup_rises_evenly_to_one():
+    factors = [learning_rate_factor("constant_with_warmup", step, 100, 0.1) for step in range(100)]
+    assert factors[:11] == pytest.approx([n / 11 for n in range(1, 12)]) and set(factors[10:]) == {1.0}
+    assert {learning_rate_factor("constant", step, 100, 0.1) for step in range(100)} == {1.0}
+
+
+def test_noise_offset_shifts_each_channel_by_its_own_constant():
+    plain = sample_noise((2, 4, 8, 8), torch.Generator().manual_seed(1), 0.0)
+    shifted = sample_noise((2, 4, 8, 8), torch.Generator().manual_seed(1), 0.1)
+    shift = shifted - plain
+    assert torch.allclose(shift, shift[..., :1, :1].expand_as(shift), atol=1e-6)
+    many = sample_noise((4096, 4, 1, 1), torch.Generator().manual_seed(1), 0.5)
+    assert many.var().item() == pytest.approx(1 + 0.5**2, rel=0.05)
