@@ -119,10 +119,10 @@ def _train(job: Job, step: int) -> int:
     """Steps until the plan is fulfilled or somebody asks to stop; returns the last finished step."""
     plan, trainer, events = job.plan, job.trainer, job.events
     wants_stop = _catch_signals()
-    if step == 0 and plan.sample_every:
-        _sample(job, 0)
     trainer.status.update(state="training", phase="train", step=step)
     events.emit("phase", phase="train")
+    if step == 0 and plan.sample_every:
+        _sample(job, 0)
     while step < plan.steps:
         if wants_stop() or take_request(job.run, "stop"):
             break

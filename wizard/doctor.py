@@ -59,14 +59,15 @@ class Finding:
 
 def doctor(options) -> int:
     """`crumb doctor`; the exit code is 0 whatever is found."""
-    findings = examine()
-    if options.json:
-        print(json.dumps({finding.name: asdict(finding) for finding in findings}, indent=1))
-        return 0
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
+    with Console(stderr=True).status("Trying what is installed ..."):
+        findings = examine()
+    if options.json:
+        print(json.dumps({finding.name: asdict(finding) for finding in findings}, indent=1))
+        return 0
     table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
     for finding in findings:
         style = {"ok": "green", "missing": "yellow", "broken": "red"}[finding.status]

@@ -30,7 +30,7 @@ class AskScreen(Screen):
 
     AUTO_FOCUS = None
     BINDINGS: ClassVar = [
-        ("escape", "back", "Back"), ("ctrl+n", "next", "Next step"), ("f1", "explain", "Help"),
+        ("escape", "back", "Back"), ("ctrl+n", "next", "Next step"), ("f5", "rescan", "Read again"), ("f1", "explain", "Help"),
         ("up", "move(-1)", ""), ("down", "move(1)", ""),
     ]
 
@@ -49,8 +49,6 @@ class AskScreen(Screen):
         yield Footer(show_command_palette=False)
 
     def on_mount(self) -> None:
-        if self.topic == "pictures":
-            self._bindings.bind("f5", "rescan", "Read again")
         self._show_questions()
         self._visible()[0].control.focus()
         if self.topic == "hardware":
@@ -58,6 +56,9 @@ class AskScreen(Screen):
         looked_up = LOOKED_UP.get(self.topic)
         if looked_up and getattr(self.app.answers, looked_up):
             self._look(getattr(self.app.answers, looked_up))
+
+    def check_action(self, action: str, parameters: tuple) -> bool:
+        return action != "rescan" or self.topic == "pictures"
 
     def _visible(self) -> list[Field]:
         return [field for field in self.query(Field) if field.display]
@@ -153,12 +154,16 @@ class AskScreen(Screen):
             self.app.call_from_thread(self._found, base=base)
 
     def _cannot_use(self, sentence: str) -> None:
+        if not self.is_attached:  # the person went back meanwhile
+            return
         field = self.query_one(f"#field-{LOOKED_UP[self.topic]}", Field)
         field.show_error(sentence)
         field.control.focus()
         self._say("")
 
     def _found(self, **facts) -> None:
+        if not self.is_attached:
+            return
         self.app.learn(**facts)
         self._show_questions()
         if self.topic == "pictures":
@@ -185,7 +190,8 @@ class AskScreen(Screen):
         self._say("\n".join(lines))
 
     def _say(self, text: str) -> None:
-        self.query_one("#facts", Static).update(text)
+        if self.is_attached:
+            self.query_one("#facts", Static).update(text)
 
     def action_next(self) -> None:
         for field in self._visible():

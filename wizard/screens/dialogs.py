@@ -62,7 +62,7 @@ class SettingDialog(Dialog):
     def compose_controls(self) -> ComposeResult:
         yield Input(self.present, compact=True)
         yield Static("", classes="error", markup=False)
-        yield Static("Enter: take it   empty: the derived value again   Esc: leave it as it was", classes="keys")
+        yield Static("Enter: take it   empty: derived again   Esc: leave it as it was", classes="keys")
 
     def on_mount(self) -> None:
         self.query_one(Input).focus()

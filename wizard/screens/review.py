@@ -49,7 +49,7 @@ class ReviewScreen(Screen):
 
     def compose(self) -> ComposeResult:
         yield Static(step_line("review"), classes="head")
-        yield Static("", id="summary", markup=False)
+        yield Static("Drawing up the plan ...", id="summary", markup=False)
         with VerticalScroll(id="warnings", can_focus=False):
             yield Static("", id="warning-lines", markup=False)
         yield DataTable(id="settings", cursor_type="row", zebra_stripes=False)
@@ -79,9 +79,12 @@ class ReviewScreen(Screen):
         self.app.call_from_thread(self._show, interview)
 
     def _refuse(self, sentence: str) -> None:
-        self.query_one("#summary", Static).update(f"! {sentence}\nEsc goes back to the answers.")
+        if self.is_attached:
+            self.query_one("#summary", Static).update(f"! {sentence}\nEsc goes back to the answers.")
 
     def _show(self, interview: Interview) -> None:
+        if not self.is_attached:  # the person went back meanwhile
+            return
         self.interview = interview
         self.app.learn(scan=interview.scan, base=interview.base)
         self.query_one("#summary", Static).update(summary(interview))

@@ -100,7 +100,9 @@ class Field(Vertical):
             default = question.default(self.answers)
             yield Choice(question.choices, default if present == "" else present, id=question.key)
         else:
-            shown = "" if present is None else f"{present:g}" if isinstance(present, float) else present
+            shown = f"{present:g}" if isinstance(present, float) else present or ""
+            if shown == question.default(self.answers):  # stands as placeholder, so that typing replaces it
+                shown = ""
             suggester = PathSuggester(folders_only=question.key == "images") if question.kind == "path" else None
             yield Input(shown, placeholder=str(question.default(self.answers)), compact=True, select_on_focus=False,
                         suggester=suggester, id=question.key)
