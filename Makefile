@@ -21,7 +21,7 @@ demo: $(READY)
 	$(BIN)/crumb demo
 
 test: $(READY)
-	$(BIN)/python -P -m pytest -m "not slow and not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -P -m pytest -m "not slow and not gpu" -n auto --maxprocesses 8 --dist loadfile
 
 slow: $(READY)
 	$(BIN)/python -P -m pytest -m slow

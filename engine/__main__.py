@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from crumb.engine.optional import hide_broken_packages
+from crumb.engine.run.control import clear_requests
 from crumb.engine.run.directory import RunDirectory, engine_lock
 from crumb.engine.run.events import EventWriter
 from crumb.engine.run.status import Status
@@ -47,7 +48,8 @@ def _work(run: RunDirectory) -> int:
         code, message = error.exit_code, str(error)
         log.error(message)
     except KeyboardInterrupt:
-        state, code, message = "stopped", 3, "interrupted before the first step"
+        clear_requests(run)
+        state, code, message = "stopped", 3, "stopped before the first step"
     except Exception as error:
         log.exception("the run failed")
         message = _explain(error, run)

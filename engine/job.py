@@ -6,11 +6,12 @@ import logging
 import signal
 import time
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 
 import torch
 
-from crumb.engine.data.prepare import TrainingSet, prepare, progress_reporter
+from crumb.engine.data.prepare import TrainingSet, prepare
 from crumb.engine.memory.placement import Placement, choose_placement
 from crumb.engine.model.config import VAE_SCALING_FACTOR
 from crumb.engine.model.load import load_unet
@@ -18,7 +19,7 @@ from crumb.engine.network.lora import attach_lora
 from crumb.engine.network.metadata import lora_metadata, sidecar
 from crumb.engine.network.save import save_lora
 from crumb.engine.network.verify import verify_lora
-from crumb.engine.run.control import clear_requests, take_request
+from crumb.engine.run.control import progress_reporter, take_request
 from crumb.engine.run.directory import RunDirectory, write_atomic
 from crumb.engine.run.events import EventWriter
 from crumb.engine.run.status import Status
@@ -65,13 +66,13 @@ def run_job(run: RunDirectory, events: EventWriter, status: Status) -> int:
     started = time.monotonic()
     plan = load_plan(run.plan)
     placement = choose_placement(plan)
-    clear_requests(run)
     events.emit("phase", phase="scan")
     status.update(phase="scan", steps=plan.steps)
-    facts = preflight(plan, progress_reporter(events, "scan"))
+    progress = partial(progress_reporter, run, events)
+    facts = preflight(plan, progress("scan"))
 
     status.update(phase="cache")
-    training_set = prepare(plan, facts.base, facts.scan, placement, events)
+    training_set = prepare(plan, facts.base, facts.scan, placement, events, progress)
 
     status.update(phase="load")
     events.emit("phase", phase="load")

@@ -17,7 +17,9 @@ from crumb.profiles.model_kind import SDXL, kind_of_file, unet_variant
 from crumb.profiles.paths import cache_dir
 from crumb.profiles.safetensors_header import PICKLE_SUFFIXES, num_elements, pickle_reason, read_header
 
-__all__ = ["BaseModel", "fingerprint", "inspect_base_model", "read_header", "weight_files"]
+__all__ = [
+    "BaseModel", "check_vae", "fingerprint", "hints_v_prediction", "inspect_base_model", "read_header", "weight_files",
+]  # fmt: skip
 
 UNET_PREFIX = "model.diffusion_model."
 DTYPES = {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}
@@ -65,6 +67,25 @@ def weight_files(folder: Path, part: str) -> list[Path]:
         if index.is_file():
             return _shards(index)
     return []
+
+
+def check_vae(path: Path | str) -> None:
+    """RequestError unless the path is a VAE's .safetensors file or a diffusers VAE folder, by header."""
+    path = Path(path).expanduser()
+    if not path.exists():
+        raise RequestError(f"There is no VAE at {path}: check the path (a .safetensors file or a diffusers folder).")
+    if path.is_dir():
+        if not weight_files(path, "vae") and not weight_files(path, ""):
+            raise RequestError(f"{path} holds no VAE weights (diffusion_pytorch_model.safetensors): choose another folder.")
+        return
+    kind = kind_of_file(read_header(path)[0])
+    if kind != "a VAE":
+        raise RequestError(f"{path} is {kind}, not a VAE: choose an SDXL VAE, such as sdxl_vae.safetensors.")
+
+
+def hints_v_prediction(path: Path | str) -> bool:
+    """Whether a file's name says v-pred, as authors write it when they set no mark in the file."""
+    return bool(re.search(r"v[-_ ]?pred", Path(path).name, re.IGNORECASE))
 
 
 def fingerprint(path: Path, on_progress: Callable[[int, int], None] | None = None) -> str:
@@ -205,8 +226,7 @@ def _folder_prediction(path: Path, scheduler: dict) -> tuple[str | None, str]:
 
 
 def _name_hint(path: Path) -> str:
-    hinted = re.search(r"v[-_ ]?pred", path.name, re.IGNORECASE)
-    return "file name hints v-prediction" if hinted else "no mark in the file"
+    return "file name hints v-prediction" if hints_v_prediction(path) else "no mark in the file"
 
 
 def _resolution(metadata: dict) -> int:

@@ -181,7 +181,7 @@ def _derive_length(result: Derivation, answers: Answers, scan: Scan) -> None:
     if result.value("optimizer") == "Prodigy" and result.value("scheduler") == "constant_with_warmup":
         result.put("epochs", epochs + 1, "SCHED-PRODIGY", "one more, to make up for Prodigy's warm-up")
     else:
-        result.put("epochs", epochs, "COMMON", f"{repeats} repeats x {epochs} epochs = {repeats * epochs} views of each picture")
+        result.put("epochs", epochs, "COMMON", f"{repeats} repeats x {epochs} epochs = {repeats * epochs} views of each")
     epochs = result.value("epochs")
 
     batch_size, accumulation = result.value("batch_size"), result.overrides.get("gradient_accumulation_steps", 1)

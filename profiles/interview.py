@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from crumb.profiles.answers import LOOKS, SUBJECTS, Answers
-from crumb.profiles.base_model import BaseModel, inspect_base_model
+from crumb.profiles.base_model import BaseModel, check_vae, hints_v_prediction, inspect_base_model
 from crumb.profiles.dataset import Scan, caption_for, scan_pictures
 from crumb.profiles.derive import Derivation, class_word_for, derive
 from crumb.profiles.errors import RequestError
@@ -18,6 +18,15 @@ from crumb.profiles.hardware import Gpu, resolve_gpu
 from crumb.profiles.plan import Plan, check_value, dump_plan, plan_fields
 
 NUM_SAMPLE_PROMPTS = 2
+
+ANSWERED = {
+    "name": "--name", "images": "--images", "base_model": "--base", "vae": "--vae", "prediction_type": "--prediction",
+    "trigger": "--trigger", "class_word": "--class", "skip_broken": "--skip-broken", "vram_gib": "--vram",
+    "device": "--gpu",
+}
+"""Settings that come from an answer, which others follow from as well: an override would contradict it."""
+
+UNSETTABLE = {"created": "it is the moment the plan is made", "zero_terminal_snr": "the base's own file says it"}
 
 
 @dataclass(frozen=True)
@@ -39,7 +48,8 @@ class Interview:
         }
         advice = [f"{name} = {derived.value} ({reasons[name]})"
                   for name, derived in self.derivation.values.items() if name not in plan_fields()]
-        warnings = [f"warning: {warning['text']} [{warning['rule']}]" for warning in self.derivation.warnings]
+        warnings = [f"warning: {warning['text']}" + (f" [{warning['rule']}]" if warning["rule"] else "")
+                    for warning in self.derivation.warnings]
         return dump_plan(self.plan, reasons, advice + warnings)
 
 
@@ -52,6 +62,8 @@ def conclude(answers: Answers, scan: Scan | None = None) -> Interview:
     base = inspect_base_model(Path(answers.base).expanduser())
     if not base.has_vae and not answers.vae:
         raise RequestError(f"{base.path} has no VAE baked in. Name one with --vae FILE (any SDXL VAE .safetensors).")
+    if answers.vae:
+        check_vae(answers.vae)
     prediction_type = choose_prediction_type(answers, base)
     scan = scan or scan_pictures(Path(answers.images).expanduser())
     check_scan(scan, answers.skip_broken)
@@ -97,6 +109,10 @@ def check_answers(answers: Answers) -> None:
 
 def check_override(name: str, value: Any) -> Any:
     """A setting fixed by hand, as its right type. `epochs` is no setting of the plan but gives its steps."""
+    if name in ANSWERED:
+        raise RequestError(f"{name} is an answer that other settings follow from. Give it as {ANSWERED[name]}.")
+    if name in UNSETTABLE:
+        raise RequestError(f"{name} can't be set: {UNSETTABLE[name]}.")
     if name == "epochs":
         if isinstance(value, str) and value.isdigit():
             value = int(value)
@@ -122,7 +138,7 @@ def choose_prediction_type(answers: Answers, base: BaseModel) -> str:
             raise RequestError(f"{base.path.name} marks itself as {base.prediction_type} ({base.prediction_evidence}); "
                                f"--prediction {answers.prediction} contradicts it. Leave the option out.")
         return answers.prediction
-    if base.prediction_type is None and "hint" in base.prediction_evidence:
+    if base.prediction_type is None and hints_v_prediction(base.path):
         raise RequestError(f"{base.path.name} may be a v-prediction model: {base.prediction_evidence}. Training it the "
                            f"wrong way ruins the LoRA. Say --prediction v_prediction or --prediction epsilon.")
     return base.prediction_type or "epsilon"

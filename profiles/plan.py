@@ -144,6 +144,16 @@ def parse_plan(text: str, source: str = "the plan") -> Plan:
         raise RequestError(f"{source}: {error}") from None
 
 
+def with_absolute_paths(text: str, folder: Path) -> str:
+    """The plan's text with relative paths taken from `folder`, so that it may be moved; comments stay."""
+    document = tomlkit.parse(text)
+    for section, key in (("base", "base_model"), ("base", "vae"), ("data", "images")):
+        value = document.get(section, {}).get(key)
+        if value and not Path(value).is_absolute():
+            document[section][key] = str((folder / Path(value).expanduser()).absolute())
+    return tomlkit.dumps(document)
+
+
 def dump_plan(plan: Plan, reasons: dict[str, str] | None = None, notes: list[str] = ()) -> str:
     """The plan as TOML, each value under its help text and, where derived, its reason."""
     document = tomlkit.document()

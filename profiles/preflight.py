@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from crumb.profiles.base_model import BaseModel, inspect_base_model
+from crumb.profiles.base_model import BaseModel, check_vae, inspect_base_model
 from crumb.profiles.dataset import Scan, scan_pictures
 from crumb.profiles.errors import RequestError
 from crumb.profiles.interview import check_scan
@@ -26,8 +26,8 @@ def preflight(plan: Plan, on_progress=None) -> Facts:
                            f"({base.prediction_evidence}). Set prediction_type = \"{base.prediction_type}\" in [base].")
     if not base.has_vae and not plan.vae:
         raise RequestError(f"{base.path} has no VAE baked in. Set vae in [base] to an SDXL VAE file.")
-    if plan.vae and not Path(plan.vae).exists():
-        raise RequestError(f"The VAE {plan.vae} does not exist. Mend vae in [base], or leave it empty to use the base's own.")
+    if plan.vae:
+        check_vae(plan.vae)
     scan = scan_pictures(Path(plan.images), on_progress=on_progress)
     check_scan(scan, plan.skip_broken)
     return Facts(base, scan)

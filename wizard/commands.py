@@ -19,7 +19,7 @@ from crumb.engine.run.directory import (
 from crumb.engine.run.events import read_events
 from crumb.engine.run.launch import launch_engine
 from crumb.profiles.errors import BusyError, RequestError
-from crumb.profiles.plan import load_plan
+from crumb.profiles.plan import load_plan, parse_plan, with_absolute_paths
 from crumb.profiles.preflight import preflight
 
 NUM_LOG_LINES = 8
@@ -29,9 +29,12 @@ TAIL_BYTES = 65536
 
 def train(options) -> int:
     """`crumb train PLAN.toml`: every check comes before the first byte is written."""
-    plan = load_plan(Path(options.plan))
+    path = Path(options.plan)
+    load_plan(path)
+    text = with_absolute_paths(path.read_text(encoding="utf-8"), path.absolute().parent)
+    plan = parse_plan(text, source=str(path))
     preflight(plan)
-    run = create_run(plan.name, Path(options.plan).read_text(encoding="utf-8"))
+    run = create_run(plan.name, text)
     return start_and_watch(run, options)
 
 

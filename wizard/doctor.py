@@ -26,9 +26,9 @@ PACKAGES = {
     "torch": "nothing can be trained",
     "diffusers": "nothing can be trained",
     "transformers": "nothing can be trained",
-    "triton": "the fused kernels are off; plain torch does their work",
+    "triton": "plain torch does its work",
     "bitsandbytes": "AdamW8bit falls back to 32-bit AdamW, which takes more memory",
-    "prodigyopt": "Prodigy can't be chosen; AdamW8bit takes its place",
+    "prodigyopt": "a plan with Prodigy is refused; set optimizer to AdamW8bit or AdamW",
     "xformers": "nothing: it is optional, torch's own attention is used",
 }
 """Packages that are tried, and what follows where one is missing."""

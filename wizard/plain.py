@@ -11,12 +11,11 @@ from crumb.profiles.answers import Answers
 from crumb.profiles.base_model import inspect_base_model
 from crumb.profiles.errors import RequestError
 from crumb.profiles.hardware import detect_gpu, resolve_gpu
-from crumb.profiles.interview import Interview, conclude, default_name
+from crumb.profiles.interview import Interview, check_override, conclude, default_name
 from crumb.wizard.commands import age_in_words, start_and_watch, unused_name
 from crumb.wizard.draft import drop_draft, load_draft, save_draft
 from crumb.wizard.facts import describe_base, describe_gpu, describe_scan
 from crumb.wizard.planning import (
-    check_setting,
     equivalent_command,
     print_plan,
     scan_showing_progress,
@@ -137,7 +136,7 @@ def _change(text: str, answers: Answers, known: Known) -> tuple[Answers, Intervi
     key, equals, value = (part.strip() for part in text.partition("="))
     if not equals:
         raise RequestError(f"{text!r} is neither Enter, w, q nor KEY=VALUE, such as rank=16.")
-    overrides = {**answers.overrides, key: check_setting(key, value)}
+    overrides = {**answers.overrides, key: check_override(key, value)}
     changed = replace(answers, overrides=overrides)
     result = conclude(changed, known.scan)
     save_draft(changed, "review")

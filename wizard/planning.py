@@ -11,20 +11,10 @@ from typing import Any
 
 from crumb.engine.run.directory import check_run_name, write_atomic
 from crumb.profiles.answers import Answers
-from crumb.profiles.base_model import inspect_base_model
+from crumb.profiles.base_model import check_vae, inspect_base_model
 from crumb.profiles.dataset import Scan, scan_pictures
 from crumb.profiles.errors import RequestError
 from crumb.profiles.interview import Interview, check_answers, check_override, conclude
-from crumb.wizard.questions import check_vae
-
-SETTINGS_WITH_OPTION = {
-    "name": "--name", "images": "--images", "base_model": "--base", "vae": "--vae", "prediction_type": "--prediction",
-    "trigger": "--trigger", "class_word": "--class", "skip_broken": "--skip-broken", "vram_gib": "--vram",
-    "device": "--gpu",
-}
-"""What --set must not change: the derivation starts from the answer, so the two would contradict each other."""
-
-UNSETTABLE = {"created": "it is the moment the plan is made", "zero_terminal_snr": "the base's own file says it"}
 
 
 def plan(options) -> int:
@@ -60,24 +50,15 @@ def parse_setting(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not equals:
         raise RequestError(f"--set {text}: there is no '=' in it. Write it as --set KEY=VALUE, such as --set rank=16.")
-    return key.strip(), check_setting(key.strip(), value.strip())
-
-
-def check_setting(key: str, value: str) -> Any:
-    if key in SETTINGS_WITH_OPTION:
-        raise RequestError(f"{key} is an answer that other settings follow from. Give it as {SETTINGS_WITH_OPTION[key]}.")
-    if key in UNSETTABLE:
-        raise RequestError(f"{key} can't be set: {UNSETTABLE[key]}.")
-    return check_override(key, value)
+    return key.strip(), check_override(key.strip(), value.strip())
 
 
 def look_at_pictures(answers: Answers) -> Scan:
     """The pictures, after the cheap checks, so that a mistyped base is told before thousands of pictures are read."""
     check_answers(answers)
     inspect_base_model(Path(answers.base).expanduser())
-    sentence = check_vae(answers.vae) if answers.vae else ""
-    if sentence:
-        raise RequestError(sentence)
+    if answers.vae:
+        check_vae(answers.vae)
     return scan_showing_progress(answers.images)
 
 

@@ -10,13 +10,12 @@ from typing import Any
 
 from crumb.engine.run.directory import check_run_name, runs_folder
 from crumb.profiles.answers import Answers
-from crumb.profiles.base_model import BaseModel, inspect_base_model, read_header
+from crumb.profiles.base_model import BaseModel, check_vae, hints_v_prediction, inspect_base_model
 from crumb.profiles.dataset import Scan
 from crumb.profiles.derive import COUNT_RANGE, class_word_for
 from crumb.profiles.errors import RequestError
 from crumb.profiles.hardware import resolve_gpu
 from crumb.profiles.interview import default_name
-from crumb.profiles.model_kind import kind_of_file
 from crumb.wizard.commands import unused_name
 
 TOPICS = {"goal": "Goal", "pictures": "Pictures", "base": "Base model", "hardware": "Hardware", "review": "Review"}
@@ -97,20 +96,6 @@ def open_point(topic: str, answers: Answers, known: Known) -> tuple[str, str] | 
     return None
 
 
-def check_vae(path: str) -> str:
-    """An error sentence unless the file is a VAE."""
-    file = Path(path).expanduser()
-    if not file.is_file():
-        return f"There is no VAE file at {file}. Check the path (a .safetensors file)."
-    return _sentence(lambda: _demand_vae(file))
-
-
-def _demand_vae(file: Path) -> None:
-    kind = kind_of_file(read_header(file)[0])
-    if kind != "a VAE":
-        raise RequestError(f"{file} is {kind}, not a VAE. Choose an SDXL VAE, such as sdxl_vae.safetensors.")
-
-
 def _sentence(look: Callable[[], Any]) -> str:
     try:
         look()
@@ -160,7 +145,7 @@ def _lacks_captions(answers: Answers, known: Known) -> bool:
 
 
 def _prediction_is_open(answers: Answers, known: Known) -> bool:
-    return bool(known.base) and known.base.prediction_type is None and "hint" in known.base.prediction_evidence
+    return bool(known.base) and known.base.prediction_type is None
 
 
 def _range(subject: str) -> str:
@@ -228,7 +213,7 @@ QUESTIONS = (
     ),
     Question(
         key="vae", topic="base", title="VAE file", kind="path",
-        check=lambda value, answers: check_vae(value) if value else "",
+        check=lambda value, answers: _sentence(lambda: check_vae(value)) if value else "",
         when=lambda answers, known: bool(known.base) and not known.base.has_vae,
         help="This base has no VAE baked in. Any SDXL VAE will do.",
         more="The VAE turns pictures into the latents that training works on. It is used once for each picture and does "
@@ -237,10 +222,10 @@ QUESTIONS = (
     Question(
         key="prediction", topic="base", title="What does the base predict?", kind="choice",
         choices=(("epsilon", "noise (epsilon)"), ("v_prediction", "velocity (v_prediction)")),
-        default=lambda answers: "v_prediction", when=_prediction_is_open,
-        help="Its name hints at v-prediction, its file does not say. See its page.",
-        more="Trained the wrong way the LoRA is ruined. Models of this kind say v-pred in their name or on their page; "
-             "nearly all others predict noise.",
+        default=lambda answers: "v_prediction" if hints_v_prediction(answers.base) else "epsilon", when=_prediction_is_open,
+        help="The file does not say. Its page does; nearly all predict noise.",
+        more="Trained the wrong way the LoRA is ruined. Models that predict velocity say v-pred in their name or on their "
+             "page; what a name hints at is marked here beforehand.",
     ),
     Question(
         key="gpu", topic="hardware", title="Graphics card",

@@ -4,8 +4,8 @@ After this the VAE and the text encoders have left memory; the U-Net has not yet
 """
 
 import logging
-import time
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from crumb.engine.data.caches import cache_latents, cache_prompts, read_entry
+from crumb.engine.data.caches import OnProgress, cache_latents, cache_prompts, read_entry
 from crumb.engine.memory.placement import Placement
 from crumb.engine.model.load import load_text_encoders, load_vae
 from crumb.engine.model.text import encode_prompts
@@ -79,13 +79,17 @@ def time_ids(picture: Picture, crop: Crop) -> list[float]:
     return [float(value) for value in (picture.height, picture.width, crop.top, crop.left, crop.height, crop.width)]
 
 
-def prepare(plan: Plan, base: BaseModel, scan: Scan, placement: Placement, events: EventWriter) -> TrainingSet:
-    """Encodes what no earlier run has encoded; the largest encoder in memory at any time is one."""
+def prepare(plan: Plan, base: BaseModel, scan: Scan, placement: Placement, events: EventWriter,
+            progress: Callable[[str], OnProgress]) -> TrainingSet:
+    """Encodes what no earlier run has encoded; only one encoder is in memory at any time.
+
+    `progress` gives each phase its callback.
+    """
     crops = plan_crops(scan.pictures, plan.resolution, plan.buckets, plan.upscale)
     captions = [caption_for(picture, plan.trigger, plan.class_word) for picture in scan.pictures]
     _report_pictures(plan, scan, crops, events)
     events.emit("phase", phase="hash")
-    base_sha256 = fingerprint(base.path, progress_reporter(events, "hash"))
+    base_sha256 = fingerprint(base.path, progress("hash"))
     vae_path = Path(plan.vae) if plan.vae else None
     vae_sha256 = fingerprint(vae_path) if vae_path else base_sha256
     precision = str(placement.encoder_dtype)
@@ -95,14 +99,14 @@ def prepare(plan: Plan, base: BaseModel, scan: Scan, placement: Placement, event
         list(zip(scan.pictures, crops)),
         lambda: load_vae(base, vae_path, placement.encoder_dtype, placement.device),
         vae_sha256, precision, cache_dir() / "latents",
-        tiled=plan.vae_tiling, on_progress=progress_reporter(events, "cache latents"), device=placement.device,
+        tiled=plan.vae_tiling, on_progress=progress("cache latents"), device=placement.device,
     )
     events.emit("phase", phase="cache captions")
     prompt_paths = cache_prompts(
         [*captions, *plan.sample_prompts, ""],
         lambda: load_text_encoders(base, placement.encoder_dtype, placement.device),
         encode_prompts, base_sha256, precision, cache_dir() / "prompts",
-        on_progress=progress_reporter(events, "cache captions"),
+        on_progress=progress("cache captions"),
     )
     buckets = defaultdict(list)
     for index, (picture, crop) in enumerate(zip(scan.pictures, crops)):
@@ -131,16 +135,3 @@ def _report_pictures(plan: Plan, scan: Scan, crops: list[Crop], events: EventWri
         log.info("%s: %dx%d -> bucket %dx%d, resized to %dx%d, cut at left %d top %d, %.1f %% cut away", picture.path,
                  picture.width, picture.height, crop.width, crop.height, crop.resized_width, crop.resized_height,
                  crop.left, crop.top, 100 * crop.cropped_share)
-
-
-def progress_reporter(events: EventWriter, phase: str):
-    """A callback that writes `progress` events: the first, the last, and at most five a second between."""
-    last_s = -1.0
-
-    def report(done: int, total: int) -> None:
-        nonlocal last_s
-        now_s = time.monotonic()
-        if done == total or now_s - last_s >= 0.2:
-            last_s = now_s
-            events.emit("progress", phase=phase, done=done, total=total)
-    return report

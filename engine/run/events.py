@@ -8,7 +8,8 @@ Every event has `time` (unix seconds) and `type`. The types and their fields:
     picture   path, size [w, h], bucket [w, h], resized [w, h], crop [left, top], cropped_share, repeats
     numbers   num_pictures, num_buckets, steps_per_epoch, steps, num_parameters, placement
     step      step, epoch, loss, loss_smoothed, learning_rate, grad_norm, seconds, images_per_s,
-              data_wait_s, vram_allocated_bytes, vram_peak_bytes; skipped (true when NaN/Inf dropped it)
+              data_wait_s, vram_allocated_bytes, vram_reserved_bytes, vram_peak_bytes (on a GPU);
+              skipped (true when NaN/Inf dropped it). The rate is the one in force: Prodigy's d is in it.
     sample    step, paths
     saved     step, path, kind: checkpoint | result
     warning   text

@@ -99,37 +99,43 @@ def prune_checkpoints(run: RunDirectory, keep: int) -> None:
 
 
 def pack_optimizer(optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """An optimizer's state as tensors and as JSON values; works for any that keeps to torch's state_dict."""
+    """An optimizer's state_dict as tensors and as JSON, for any optimizer that keeps to torch's form.
+
+    Tensors are named by their path, such as "state/3/exp_avg"; bitsandbytes puts dicts inside dicts.
+    """
     content = optimizer.state_dict()
-    tensors, numbers = {}, {"state": {}, "groups": []}
-    for index, entries in content["state"].items():
-        for name, value in entries.items():
-            if isinstance(value, Tensor):
-                tensors[f"optimizer.{index}.{name}"] = value
-            else:
-                numbers["state"].setdefault(str(index), {})[name] = value
-    for position, group in enumerate(content["param_groups"]):
-        plain = {}
-        for name, value in group.items():
-            if isinstance(value, Tensor):
-                tensors[f"group.{position}.{name}"] = value
-            elif name != "params":
-                plain[name] = value
-        numbers["groups"].append(plain)
-    return tensors, numbers
+    groups = [{name: value for name, value in group.items() if name != "params"} for group in content["param_groups"]]
+    tensors: dict[str, Tensor] = {}
+    plain = _split({"state": content["state"], "groups": dict(enumerate(groups))}, "", tensors)
+    return tensors, plain
 
 
-def unpack_optimizer(optimizer: Optimizer, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
+def unpack_optimizer(optimizer: Optimizer, tensors: dict[str, Tensor], plain: dict[str, Any]) -> None:
     """The inverse of `pack_optimizer`, in place."""
-    state = {int(index): dict(entries) for index, entries in numbers["state"].items()}
-    groups = optimizer.state_dict()["param_groups"]
-    for group, saved in zip(groups, numbers["groups"]):
+    merged = json.loads(json.dumps(plain))
+    for path, tensor in tensors.items():
+        *parents, name = path.split("/")
+        if parents and parents[0] in ("state", "groups"):
+            place = merged
+            for parent in parents:
+                place = place.setdefault(parent, {})
+            place[name] = tensor
+    content = optimizer.state_dict()
+    for index, group in enumerate(content["param_groups"]):
+        saved = merged["groups"][str(index)]
         group.update({name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()})
-    for key, value in tensors.items():
-        kind, _, rest = key.partition(".")
-        index, _, name = rest.partition(".")
-        if kind == "optimizer":
-            state.setdefault(int(index), {})[name] = value
-        elif kind == "group":
-            groups[int(index)][name] = value
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
+    state = {int(index): entries for index, entries in merged["state"].items()}
+    optimizer.load_state_dict({"state": state, "param_groups": content["param_groups"]})
+
+
+def _split(content: dict, path: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """What of a nested dict is no tensor; the tensors go into `tensors` under their path."""
+    plain = {}
+    for name, value in content.items():
+        if isinstance(value, Tensor):
+            tensors[f"{path}{name}"] = value
+        elif isinstance(value, dict):
+            plain[str(name)] = _split(value, f"{path}{name}/", tensors)
+        else:
+            plain[str(name)] = value
+    return plain

@@ -65,8 +65,9 @@ class Trainer:
         seconds = time.perf_counter() - started
         fields = {
             "step": step + 1, "epoch": self._epoch(step), "loss": _finite(loss), "loss_smoothed": self.loss_smoothed,
-            "learning_rate": learning_rate, "grad_norm": _finite(grad_norm), "seconds": round(seconds, 4),
-            "images_per_s": round(num_pictures / seconds, 3), "data_wait_s": round(data_wait_s, 4), **self._vram(),
+            "learning_rate": learning_rate * self._adapted_factor(), "grad_norm": _finite(grad_norm),
+            "seconds": round(seconds, 4), "images_per_s": round(num_pictures / seconds, 3),
+            "data_wait_s": round(data_wait_s, 4), **self._vram(),
         }
         return fields | {"skipped": True} if skipped else fields
 
@@ -115,6 +116,10 @@ class Trainer:
     def _epoch(self, step: int) -> float:
         num_batches = self.training_set.num_batches(self.plan.batch_size)
         return round((step + 1) * self.plan.gradient_accumulation_steps / num_batches, 3)
+
+    def _adapted_factor(self) -> float:
+        """What an adaptive optimizer multiplies the rate by (Prodigy's d); 1 for the others."""
+        return float(self.optimizer.param_groups[0].get("d", 1.0))
 
     def _vram(self) -> dict[str, int]:
         if self.placement.device.type != "cuda":

@@ -21,8 +21,6 @@ def make_optimizer(plan: Plan, parameters: list, device: torch.device, warn: Cal
 
 
 def _adamw_8bit(device: torch.device, warn: Callable[[str], None]) -> Callable[..., Optimizer]:
-    if device.type != "cuda":
-        return _stand_in("there is no GPU, for which bitsandbytes' 8-bit AdamW is made", warn)
     try:
         import bitsandbytes
 

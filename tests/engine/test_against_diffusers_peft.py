@@ -1,6 +1,7 @@
 """One training step against diffusers + PEFT: same base, same noise and timesteps, nothing of ours in the reference."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -25,6 +26,10 @@ PEFT_TARGETS = {
                           "conv2", "time_emb_proj", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv"],
 }
 
+# With 32 channels in 32 norm groups, the norm takes out again what the time embedding adds: these gradients are zero
+# but for rounding, on both sides.
+CANCELLED = re.compile(r"lora_unet_input_blocks_[12]_0_emb_layers_1")
+
 
 @pytest.fixture(scope="module")
 def diffusers_folder(tiny_base, tmp_path_factory):
@@ -41,12 +46,11 @@ def random_batch(generator):
     return batch, random(2, 4, 16, 8), torch.tensor([17, 912])
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("targets", PEFT_TARGETS)
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize(("targets", "prediction_type", "checkpointing"), [
+    ("attention", "epsilon", False), ("attention+ff", "epsilon", False), ("attention+ff", "v_prediction", False),
+    ("attention+ff+conv", "epsilon", False), ("attention+ff+conv", "v_prediction", False),
+    ("attention+ff+conv", "epsilon", True)])
 def test_loss_and_gradients(tiny_base, diffusers_folder, targets, prediction_type, checkpointing):
-    if checkpointing and (targets, prediction_type) != ("attention+ff+conv", "epsilon"):
-        pytest.skip("one case of recomputation is enough")
     generator = torch.Generator().manual_seed(5)
     unet = load_unet(inspect_base_model(tiny_base), torch.float32)
     network = attach_lora(unet, targets, RANK, ALPHA, RANK, ALPHA, seed=1)
@@ -81,14 +85,15 @@ def test_loss_and_gradients(tiny_base, diffusers_folder, targets, prediction_typ
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     num_adapters = sum("lora_A" in name for name, _ in reference.named_parameters())
     assert len(network.layers) == num_adapters
-    # 32 channels in 32 norm groups cancel what emb_layers add: gradients there are rounding noise around zero.
-    floor = 1e-2 * torch.cat([p.grad.flatten() for p in network.parameters()]).norm() / len(network.layers) ** 0.5
     worst = {}
     for stem, layer in network.layers.items():
+        if CANCELLED.fullmatch(stem):
+            assert max(layer.lora_A.grad.abs().max(), layer.lora_B.grad.abs().max()) < 1e-6
+            continue
         theirs = reference.get_submodule(names[stem])
         for ours, their in ((layer.lora_A, theirs.lora_A), (layer.lora_B, theirs.lora_B)):
             gradient = their["default"].weight.grad.reshape(ours.shape)
-            worst[stem] = max(worst.get(stem, 0), ((ours.grad - gradient).norm() / max(gradient.norm(), floor)).item())
+            worst[stem] = max(worst.get(stem, 0), ((ours.grad - gradient).norm() / gradient.norm()).item())
     name, difference = max(worst.items(), key=lambda item: item[1])
     assert difference < 1e-5, f"gradient of {name} differs by {difference:.2e}"
 

@@ -1,13 +1,14 @@
 """The plan file: what goes in comes out, and every mistake is named with its place and its mend."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from crumb.profiles.errors import RequestError
-from crumb.profiles.plan import Plan, check_value, dump_plan, load_plan, parse_plan, plan_fields
+from crumb.profiles.plan import Plan, check_value, dump_plan, load_plan, parse_plan, plan_fields, with_absolute_paths
 
 REQUIRED = {"name": "cat", "created": "2026-01-02T03:04:05+00:00", "base_model": "/m/sdxl.safetensors", "images": "/p"}
 TEXT = st.text(st.characters(min_codepoint=32, blacklist_categories=("Cs", "Cc")), max_size=40)
@@ -67,3 +68,11 @@ def test_command_line_values_take_their_type():
     assert check_value("name", "7") == "7"
     with pytest.raises(RequestError, match="Did you mean 'learning_rate'"):
         check_value("learning_rte", "1")
+
+
+def test_relative_paths_are_taken_from_the_plans_folder(tmp_path):
+    before = dump_plan(Plan(**REQUIRED | {"images": "photos", "vae": "~/vae.safetensors"}), {"images": "here"})
+    after = with_absolute_paths(before, tmp_path)
+    plan = parse_plan(after)
+    assert (plan.images, plan.base_model) == (str(tmp_path / "photos"), "/m/sdxl.safetensors")
+    assert plan.vae == str(Path.home() / "vae.safetensors") and "why: here" in after

@@ -33,7 +33,8 @@ def asked(topic, answers, known):
 
 
 def test_only_what_the_files_leave_open_is_asked(tiny_base, photographs, tmp_path):
-    scan, base = scan_pictures(photographs), inspect_base_model(tiny_base)
+    scan, unmarked = scan_pictures(photographs), inspect_base_model(tiny_base)
+    base = replace(unmarked, prediction_type="epsilon")
     known = Known(scan, base)
     assert asked("pictures", Answers(), known) == ["images"]
     assert asked("base", Answers(), known) == ["base"]
@@ -41,10 +42,12 @@ def test_only_what_the_files_leave_open_is_asked(tiny_base, photographs, tmp_pat
     bare = replace(scan, pictures=[replace(scan.pictures[0], caption=None)])
     assert asked("pictures", Answers(), Known(bare, base)) == ["images", "class_word"]
     assert asked("base", Answers(), Known(scan, replace(base, has_vae=False))) == ["base", "vae"]
-    hinting = replace(base, prediction_type=None, prediction_evidence="file name hints v-prediction")
-    assert asked("base", Answers(), Known(scan, hinting)) == ["base", "prediction"]
-    assert open_point("base", Answers(), Known(scan, hinting))[0] == "prediction"
-    assert open_point("base", Answers(prediction="epsilon"), Known(scan, hinting)) is None
+    assert asked("base", Answers(), Known(scan, unmarked)) == ["base", "prediction"]
+    assert open_point("base", Answers(), Known(scan, unmarked))[0] == "prediction"
+    assert open_point("base", Answers(prediction="epsilon"), Known(scan, unmarked)) is None
+    question = next(question for question in QUESTIONS if question.key == "prediction")
+    assert question.default(Answers(base="/models/noob-vpred-1.0.safetensors")) == "v_prediction"
+    assert question.default(Answers(base="/models/plain.safetensors")) == "epsilon"
 
     for file in photographs.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
@@ -64,7 +67,7 @@ def test_only_what_the_files_leave_open_is_asked(tiny_base, photographs, tmp_pat
     ("gpu", "RTX 9999", "--gpu auto"),
     ("vram_gib", "a lot", "no number"),
     ("vram_gib", "-1", "can't be right"),
-    ("vae", "/no/such/vae", "no VAE file"),
+    ("vae", "/no/such/vae", "There is no VAE at"),
 ])
 def test_wrong_answers_are_refused_with_the_mend(key, text, words):
     with pytest.raises(RequestError, match=words):

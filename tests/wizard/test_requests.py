@@ -77,7 +77,7 @@ def pickled_base(folder, base, photographs):
 
 
 def missing_vae(folder, base, photographs):
-    return ["--vae", str(folder / "vae.safetensors")], "no VAE file"
+    return ["--vae", str(folder / "vae.safetensors")], "There is no VAE at"
 
 
 def model_as_vae(folder, base, photographs):

@@ -14,20 +14,12 @@ from textual.widgets import DataTable, Footer, Static
 from crumb.engine.run.directory import create_run
 from crumb.profiles.derive import Derived
 from crumb.profiles.errors import CrumbError, RequestError
-from crumb.profiles.interview import Interview, conclude, default_name
+from crumb.profiles.interview import ANSWERED, UNSETTABLE, Interview, check_override, conclude, default_name
 from crumb.profiles.plan import plan_fields
 from crumb.wizard.commands import engine_died, start_engine, unused_name
 from crumb.wizard.dashboard.state import clean
 from crumb.wizard.draft import drop_draft, save_draft
-from crumb.wizard.planning import (
-    SETTINGS_WITH_OPTION,
-    UNSETTABLE,
-    as_text,
-    as_typed,
-    check_setting,
-    equivalent_command,
-    write_plan,
-)
+from crumb.wizard.planning import as_text, as_typed, equivalent_command, write_plan
 from crumb.wizard.screens.ask import step_line
 from crumb.wizard.screens.dialogs import ConfirmDialog, MessageDialog, SettingDialog
 
@@ -134,7 +126,7 @@ class ReviewScreen(Screen):
 
     def _checker(self, name: str):
         def check(text: str) -> Any:
-            value = check_setting(name, text)
+            value = check_override(name, text)
             answers = self._answers()
             # The whole plan is drawn up with it, because some rules need more than one value.
             conclude(replace(answers, overrides={**answers.overrides, name: value}), self.app.known.scan)
@@ -223,7 +215,7 @@ def rows_of(interview: Interview) -> dict[str, Derived]:
 
 def why_fixed(name: str) -> str:
     """Why a row can't be changed here, or ""."""
-    if name in SETTINGS_WITH_OPTION:
+    if name in ANSWERED:
         return "It follows from an answer: go back with Esc and change that."
     if name in UNSETTABLE:
         return f"It can't be set: {UNSETTABLE[name]}."

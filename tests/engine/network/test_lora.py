@@ -5,13 +5,14 @@ import json
 import numpy as np
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
+from safetensors import safe_open
+from safetensors.torch import load_file
+
 from crumb.engine.model.config import make_unet_config
 from crumb.engine.network.lora import attach_lora
 from crumb.engine.network.save import save_lora, write_safetensors
 from crumb.engine.network.verify import known_stems, verify_lora
-from diffusers import UNet2DConditionModel
-from safetensors import safe_open
-from safetensors.torch import load_file
 
 SDXL_METADATA = {"ss_base_model_version": "sdxl_base_v1-0"}
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+
 from crumb.engine.run.control import clear_requests, request, take_request
 from crumb.engine.run.directory import (
     create_run,
@@ -75,7 +76,7 @@ def test_half_a_line_waits_for_its_rest(tmp_path):
     writer = EventWriter(path)
     writer.emit("phase", phase="scan")
     with path.open("ab") as file:
-        file.write('{"type": "step", "st'.encode())
+        file.write(b'{"type": "step", "st')
     events, offset = read_events(path)
     assert [event["type"] for event in events] == ["phase"]
     with path.open("ab") as file:

@@ -1,16 +1,19 @@
 """Checkpoints of every optimizer go out and come back bit for bit; a damaged one is passed over aloud."""
 
+import bitsandbytes
 import pytest
 import torch
+from prodigyopt import Prodigy
+from torch import nn
+
 from crumb.engine.network.lora import LoRALinear, Network
 from crumb.engine.run.directory import create_run
 from crumb.engine.train.checkpoint import load_checkpoint, prune_checkpoints, restore, save_checkpoint
-from prodigyopt import Prodigy
-from torch import nn
 
 BELONGS = {"plan.toml": "1", "base model": "2"}
 METADATA = {"ss_base_model_version": "sdxl_base_v1-0"}
 OPTIMIZERS = {
+    "AdamW8bit": lambda parameters: bitsandbytes.optim.AdamW8bit(parameters, lr=1e-2, min_8bit_size=1),
     "AdamW": lambda parameters: torch.optim.AdamW(parameters, lr=1e-2),
     "Prodigy": lambda parameters: Prodigy(parameters, lr=1.0, d_coef=2.0, use_bias_correction=True, betas=(0.9, 0.999)),
 }

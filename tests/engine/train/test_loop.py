@@ -1,11 +1,13 @@
 """The loop's promises that a whole run would hide: bad steps dropped, loss scaling exact, accumulation a true mean."""
 
 import math
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+
 from crumb.engine.data.caches import write_entry
 from crumb.engine.data.prepare import TrainingSet
 from crumb.engine.memory.placement import Placement
@@ -137,7 +139,10 @@ def test_wrong_optimizer_arguments_are_a_sentence(trainer):
         trainer(optimizer_args={"momentun": 0.9})
 
 
-def test_adamw8bit_without_a_gpu_stands_in_and_says_so(trainer, capsys):
+def test_adamw8bit_is_bitsandbytes_or_a_stand_in_that_says_so(trainer, capsys, monkeypatch):
+    assert type(trainer(optimizer="AdamW8bit").optimizer).__module__.startswith("bitsandbytes")
+    assert not capsys.readouterr().out
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     assert type(trainer(optimizer="AdamW8bit").optimizer) is torch.optim.AdamW
     assert "replaced by 32-bit AdamW" in capsys.readouterr().out
 

@@ -2,6 +2,10 @@
 
 import numpy as np
 import torch
+from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
+from PIL import Image
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
 from crumb.engine.data.caches import write_entry
 from crumb.engine.data.prepare import TrainingSet
 from crumb.engine.memory.placement import Placement
@@ -11,9 +15,6 @@ from crumb.engine.model.tiny import write_diffusers_folder
 from crumb.engine.train.sample import contact_sheet, make_scheduler, sample_pictures
 from crumb.profiles.base_model import inspect_base_model
 from crumb.profiles.plan import Plan
-from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
-from PIL import Image
-from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 
 def test_equals_diffusers_pipeline(tiny_base, tmp_path):
