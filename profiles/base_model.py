@@ -165,7 +165,7 @@ def _inspect_folder(path: Path) -> BaseModel:
         zero_terminal_snr=scheduler.get("rescale_betas_zero_snr") is True,
         has_vae=bool(weight_files(path, "vae")),
         num_unet_parameters=sum(num_elements(info) for info in unet.values()),
-        native_resolution=sample_size * VAE_SCALE if isinstance(sample_size, int) else SDXL_RESOLUTION,
+        native_resolution=_usable_side(sample_size * VAE_SCALE if isinstance(sample_size, int) else 0),
     )
 
 
@@ -230,8 +230,15 @@ def _name_hint(path: Path) -> str:
 
 
 def _resolution(metadata: dict) -> int:
+    """The side of a square with the area that the metadata name."""
     match = re.fullmatch(r"\s*(\d{2,5})\s*x\s*(\d{2,5})\s*", metadata.get("modelspec.resolution", ""))
-    return max(int(match[1]), int(match[2])) if match else SDXL_RESOLUTION
+    return _usable_side((int(match[1]) * int(match[2])) ** 0.5 if match else 0)
+
+
+def _usable_side(side: float) -> int:
+    """The nearest multiple of 64; SDXL's own side for what no plan would take."""
+    nearest = round(side / 64) * 64
+    return nearest if 64 <= nearest <= 2048 else SDXL_RESOLUTION
 
 
 def _shards(index: Path) -> list[Path]:

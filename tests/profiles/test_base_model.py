@@ -252,3 +252,12 @@ def test_fingerprint_is_the_file_hash_and_is_remembered(tmp_path, monkeypatch):
     write_header(folder / "vae/diffusion_pytorch_model.safetensors", VAE | {"extra": [1]})
     assert fingerprint(folder / "vae") != alone
     assert (tmp_path / "cache").stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.parametrize(("said", "resolution"), [
+    ("1024x1024", 1024), ("128x128", 128), ("1216x832", 1024), ("1000x1000", 1024), ("32x32", 1024), ("9000x9000", 1024),
+    ("large", 1024), (None, 1024)])
+def test_native_resolution_is_one_that_a_plan_takes(tmp_path, said, resolution):
+    metadata = {"modelspec.resolution": said} if said else {}
+    path = write_header(tmp_path / "m.safetensors", SDXL, metadata=metadata)
+    assert inspect_base_model(path).native_resolution == resolution
