@@ -1,9 +1,12 @@
 """state.json while the engine lives: what it is doing now, refreshed by a thread so that a long encode still beats."""
 
+import logging
 import os
 import threading
 
 from crumb.engine.run.directory import HEARTBEAT_S, RunDirectory, write_state
+
+log = logging.getLogger("crumb")
 
 
 class Status:
@@ -46,4 +49,7 @@ class Status:
 
     def _write(self) -> None:
         with self._lock:
-            write_state(self._run, **self._fields)
+            try:
+                write_state(self._run, **self._fields)
+            except OSError as error:  # a full disk must not end the beat, nor hide the error that is being told
+                log.warning("state.json could not be written: %s", error)

@@ -39,17 +39,19 @@ def save_checkpoint(run: RunDirectory, step: int, network: Network, optimizer: O
     aside = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(mode=0o700)
-    save_lora(aside / f"{run.name}-{folder.name}.safetensors", network, save_precision, metadata)
-
-    optimizer_tensors, optimizer_numbers = pack_optimizer(optimizer)
-    weights = {f"{stem}.{name}": getattr(layer, name).detach()
-               for stem, layer in network.layers.items() for name in ("lora_A", "lora_B")}
-    write_safetensors(aside / "state.safetensors", weights | optimizer_tensors, {})
-    state = {"step": step, "scaler": scaler.state_dict(), "optimizer": optimizer_numbers, "belongs_to": belongs_to,
-             "loss_smoothed": loss_smoothed,
-             "sha256": hashlib.sha256((aside / "state.safetensors").read_bytes()).hexdigest()}
-    write_atomic(aside / "state.json", json.dumps(state).encode())
-
+    try:
+        save_lora(aside / f"{run.name}-{folder.name}.safetensors", network, save_precision, metadata)
+        optimizer_tensors, optimizer_numbers = pack_optimizer(optimizer)
+        weights = {f"{stem}.{name}": getattr(layer, name).detach()
+                   for stem, layer in network.layers.items() for name in ("lora_A", "lora_B")}
+        write_safetensors(aside / "state.safetensors", weights | optimizer_tensors, {})
+        state = {"step": step, "scaler": scaler.state_dict(), "optimizer": optimizer_numbers, "belongs_to": belongs_to,
+                 "loss_smoothed": loss_smoothed,
+                 "sha256": hashlib.sha256((aside / "state.safetensors").read_bytes()).hexdigest()}
+        write_atomic(aside / "state.json", json.dumps(state).encode())
+    except OSError:
+        shutil.rmtree(aside, ignore_errors=True)  # half a checkpoint would keep a full disk full
+        raise
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(aside, folder)
     fsync_folder(run.checkpoints)

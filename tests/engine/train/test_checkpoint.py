@@ -77,3 +77,21 @@ def test_pruning_keeps_the_newest_and_sweeps_what_was_half_written():
     (run.checkpoints / ".step-000004.part").mkdir()
     prune_checkpoints(run, keep=2)
     assert sorted(path.name for path in run.checkpoints.iterdir()) == ["step-000002", "step-000003"]
+
+
+def test_a_full_disk_leaves_no_half_checkpoint_and_keeps_the_last(monkeypatch):
+    run = create_run("cat", "plan")
+    network, optimizer, scaler = make("AdamW")
+    save_checkpoint(run, 1, network, optimizer, scaler, BELONGS, None, "fp16", METADATA)
+    written = []
+
+    def disk(path, data):
+        if written:
+            raise OSError(28, "No space left on device")
+        written.append(path)
+        path.write_bytes(data)
+
+    monkeypatch.setattr("crumb.engine.network.save.write_atomic", disk)
+    with pytest.raises(OSError, match="No space"):
+        save_checkpoint(run, 2, network, optimizer, scaler, BELONGS, None, "fp16", METADATA)
+    assert [path.name for path in run.checkpoints.iterdir()] == ["step-000001"]
