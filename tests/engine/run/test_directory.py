@@ -14,6 +14,7 @@ from crumb.engine.run.directory import (
     find_run,
     list_runs,
     read_state,
+    write_atomic,
     write_state,
 )
 from crumb.engine.run.events import EventWriter, read_events
@@ -118,3 +119,23 @@ def test_status_beats_while_the_engine_is_busy(monkeypatch):
             pytest.fail("no heartbeat within 2 s")
         status.close(state="done", exit_code=0)
     assert read_state(run)["state"] == "done"
+
+
+def test_a_file_is_on_disk_before_its_name_is(tmp_path, monkeypatch):
+    """Power cut: the content must be synced before the rename, and the folder after it."""
+    calls = []
+    real_fsync, real_replace = os.fsync, os.replace
+
+    def fsync(descriptor):
+        calls.append(("fsync", os.readlink(f"/proc/self/fd/{descriptor}")))
+        real_fsync(descriptor)
+
+    def replace(source, target):
+        calls.append(("replace", str(target)))
+        real_replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", replace)
+    write_atomic(tmp_path / "a.json", b"{}")
+    assert [what for what, _ in calls] == ["fsync", "replace", "fsync"]
+    assert calls[0][1].startswith(str(tmp_path / ".a.json")) and calls[2][1] == str(tmp_path)

@@ -2,6 +2,7 @@
 
 import math
 import sys
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -118,10 +119,9 @@ def test_clipping_bounds_the_gradient(trainer):
     run = trainer(max_grad_norm=0.01, optimizer_args={"weight_decay": 0.0})
     seen = []
     step = run.optimizer.step
-    run.optimizer.step = lambda *a, **k: (seen.append(torch.cat([p.grad.flatten() for p in run.network.parameters()]).norm()),
-                                          step(*a, **k))
+    run.optimizer.step = lambda *a, **k: (seen.append(gradient_norm(run)), step(*a, **k))
     fields = run.train_step(0)
-    assert fields["grad_norm"] > 0.01 and seen[0].item() == pytest.approx(0.01, rel=1e-3)
+    assert fields["grad_norm"] > 0.01 and seen[0] == pytest.approx(0.01, rel=1e-3)
 
 
 @pytest.mark.parametrize(("optimizer", "settings"), [
@@ -160,3 +160,23 @@ def test_noise_offset_shifts_each_channel_by_its_own_constant():
     assert torch.allclose(shift, shift[..., :1, :1].expand_as(shift), atol=1e-6)
     many = sample_noise((4096, 4, 1, 1), torch.Generator().manual_seed(1), 0.5)
     assert many.var().item() == pytest.approx(1 + 0.5**2, rel=0.05)
+
+
+def test_every_pass_of_every_step_draws_its_own_noise():
+    draws = [torch.randn(8, generator=step_generator(*numbers)) for numbers in product((1, 2), (0, 1), (0, 1))]
+    assert len({tuple(draw.tolist()) for draw in draws}) == len(draws)
+    assert torch.equal(draws[0], torch.randn(8, generator=step_generator(1, 0, 0)))
+
+
+def test_fp16_clips_the_true_gradient_not_the_scaled_one(trainer):
+    exact = trainer(max_grad_norm=0.05).train_step(0)["grad_norm"]
+    run = trainer(torch.float16, max_grad_norm=0.05)
+    applied = []
+    step = run.optimizer.step
+    run.optimizer.step = lambda *a, **k: (applied.append(gradient_norm(run)), step(*a, **k))
+    assert run.train_step(0)["grad_norm"] == pytest.approx(exact, rel=1e-2)
+    assert applied == [pytest.approx(0.05, rel=1e-3)]
+
+
+def gradient_norm(run: Trainer) -> float:
+    return torch.cat([parameter.grad.flatten() for parameter in run.network.parameters()]).norm().item()
