@@ -34,7 +34,8 @@ def main(arguments: list[str]) -> int:
 
 def _work(run: RunDirectory) -> int:
     """Runs the job and puts its end, whatever it is, into state.json and events.jsonl."""
-    events, status = EventWriter(run.events), Status(run)
+    saved = max((int(path.name.removeprefix("step-")) for path in run.checkpoints.glob("step-*")), default=0)
+    events, status = EventWriter(run.events), Status(run, step=saved)
     state, code, message = "failed", 1, ""
     # Until the loop takes over, a request to end is an interrupt: nothing is lost before the first step.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -63,8 +64,8 @@ def _work(run: RunDirectory) -> int:
 def _explain(error: Exception, run: RunDirectory) -> str:
     """An unforeseen failure in words; the traceback is in the log."""
     if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
-        return (f"Out of memory: {error}. Turn gradient_checkpointing on, lower batch_size to 1 or the rank, or close other "
-                f"programs on this GPU; `crumb resume {run.name}` goes on from the last checkpoint.")
+        return (f"Out of memory: {error}. Close other programs on this GPU or set gradient_checkpointing = true in "
+                f"{run.plan}, then `crumb resume {run.name}`; or start anew with batch_size 1 or a lower rank.")
     if isinstance(error, OSError) and error.errno == 28:
         return f"The disk is full ({error.filename or run.path}). Free some space, then `crumb resume {run.name}`."
     return f"{type(error).__name__}: {error} (an error in crumb; traceback in {run.log})"

@@ -5,7 +5,7 @@ import json
 import logging
 import signal
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
 
@@ -41,6 +41,15 @@ from crumb.profiles.preflight import preflight
 
 log = logging.getLogger("crumb")
 
+SMALL_UNET_PARAMETERS = 100_000_000
+
+CHANGEABLE = {
+    "name", "created", "gradient_checkpointing", "cache_latents", "vae_tiling", "vram_gib", "skip_broken", "save_precision",
+    "save_every", "keep_checkpoints", "sample_every", "sample_prompts", "sample_steps", "sample_guidance", "images",
+    "base_model", "vae",
+}
+"""Settings that don't change what is learned, or whose content is compared by its own hash."""
+
 VERSIONS = ("torch", "diffusers", "transformers", "safetensors")
 
 
@@ -71,6 +80,7 @@ def run_job(run: RunDirectory, events: EventWriter, status: Status) -> int:
     progress = partial(progress_reporter, run, events)
     facts = preflight(plan, progress("scan"))
 
+    _settle_torch(facts.base, placement)
     status.update(phase="cache")
     training_set = prepare(plan, facts.base, facts.scan, placement, events, progress)
 
@@ -86,6 +96,17 @@ def run_job(run: RunDirectory, events: EventWriter, status: Status) -> int:
     return 0
 
 
+def _settle_torch(base: BaseModel, placement: Placement) -> None:
+    """The same sums in the same order every time; and threads where they help."""
+    if placement.device.type == "cuda":
+        # cuBLAS reads its part (CUBLAS_WORKSPACE_CONFIG) from the environment that the launcher sets.
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.backends.cudnn.benchmark = False
+    elif base.num_unet_parameters < SMALL_UNET_PARAMETERS:
+        # Tiny layers gain 4 % from a second thread on a quiet machine and lose 200 % beside one busy process.
+        torch.set_num_threads(1)
+
+
 def _assemble(run: RunDirectory, plan: Plan, base: BaseModel, placement: Placement, training_set: TrainingSet,
               events: EventWriter, status: Status) -> tuple[Job, int]:
     """U-Net, network, optimizer and, where there is one, the newest checkpoint; returns the last finished step too."""
@@ -97,7 +118,8 @@ def _assemble(run: RunDirectory, plan: Plan, base: BaseModel, placement: Placeme
     scaler = torch.amp.GradScaler(placement.device.type, enabled=placement.dtype == torch.float16)
     trainer = Trainer(plan, unet, network, optimizer, scaler, training_set, placement,
                       alphas_cumprod(plan.zero_terminal_snr), VAE_SCALING_FACTOR, events, status)
-    belongs_to = {"plan.toml": hashlib.sha256(run.plan.read_bytes()).hexdigest(), "base model": training_set.base_sha256}
+    belongs_to = {"plan.toml": plan_digest(plan), "base model": training_set.base_sha256,
+                  "set of pictures and captions": training_set.digest()}
     job = Job(run, plan, base, placement, training_set, trainer, belongs_to)
 
     step = 0
@@ -199,8 +221,14 @@ def _catch_signals():
     return lambda: bool(asked)
 
 
+def plan_digest(plan: Plan) -> str:
+    """Of the settings that the result depends on; the others may be changed between stop and resume."""
+    settings = {name: value for name, value in asdict(plan).items() if name not in CHANGEABLE}
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
 def _belongs_to_another(what: str) -> RequestError:
-    return RequestError(f"The {what} is not the one this run's checkpoints were made with. Undo the change to go on, or "
+    return RequestError(f"The {what} is not what this run's checkpoints were made with. Undo the change to go on, or "
                         f"start a new run under another name.")
 
 

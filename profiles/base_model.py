@@ -78,9 +78,14 @@ def check_vae(path: Path | str) -> None:
         if not weight_files(path, "vae") and not weight_files(path, ""):
             raise RequestError(f"{path} holds no VAE weights (diffusion_pytorch_model.safetensors): choose another folder.")
         return
-    kind = kind_of_file(read_header(path)[0])
+    tensors = read_header(path)[0]
+    kind = kind_of_file(tensors)
     if kind != "a VAE":
         raise RequestError(f"{path} is {kind}, not a VAE: choose an SDXL VAE, such as sdxl_vae.safetensors.")
+    for name, info in tensors.items():
+        if name.endswith("encoder.conv_out.weight") and info["shape"][0] != 8:
+            raise RequestError(f"The VAE in {path} has {info['shape'][0] // 2} latent channels and SDXL has 4: choose "
+                               f"an SDXL VAE.")
 
 
 def hints_v_prediction(path: Path | str) -> bool:

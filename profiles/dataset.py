@@ -20,7 +20,7 @@ from crumb.profiles.errors import RequestError
 if TYPE_CHECKING:
     from PIL import Image
 
-PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".avif", ".gif")
+PICTURE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".avif", ".gif")
 CAPTION_SUFFIXES = (".txt", ".caption")
 MIN_SIDE = 64
 MAX_PIXELS = 300_000_000

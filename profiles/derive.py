@@ -13,7 +13,8 @@ from crumb.profiles.answers import Answers
 from crumb.profiles.base_model import BaseModel
 from crumb.profiles.buckets import Crop, assign, steps_per_epoch
 from crumb.profiles.dataset import Picture, Scan
-from crumb.profiles.hardware import GIB, Gpu
+from crumb.profiles.hardware import Gpu
+from crumb.profiles.vram import estimate_vram_gib
 
 COUNT_RANGE = {"character": (10, 50), "face": (10, 50), "style": (100, 4000), "concept": (50, 2000)}
 """Pictures a set should have, by subject (DATA-COUNT); a face counts as a character."""
@@ -26,6 +27,7 @@ EPOCHS = 10
 CLASS_WORD = {"character": "person", "face": "face", "style": "style", "concept": "object"}
 SAVES_PER_RUN = 8
 FULL_MODEL_PARAMETERS = 1_000_000_000
+MIN_FITTED_RANK = 8
 
 
 @dataclass(frozen=True)
@@ -62,9 +64,11 @@ def derive(answers: Answers, scan: Scan, base: BaseModel, gpu: Gpu) -> Derivatio
     """All values of the plan that nobody was asked for; `answers.overrides` win and are marked as such."""
     result = Derivation(answers.overrides)
     _derive_precision(result, gpu)
-    _derive_memory(result, base, gpu)
-    _derive_network(result, answers, scan, gpu)
+    result.put("resolution", base.native_resolution, "CROP", f"the base was made for {base.native_resolution} pixels")
+    result.put("buckets", True, "BUCKET", "pictures of one size train together; nothing need be cropped by hand")
     _derive_optimizer(result, gpu)
+    _derive_network(result, answers, scan, base, gpu)
+    _derive_memory(result, base, gpu)
     _derive_captions(result, answers)
     _derive_length(result, answers, scan)
     for name in answers.overrides:
@@ -83,7 +87,8 @@ def _derive_precision(result: Derivation, gpu: Gpu) -> None:
         result.put("mixed_precision", "no", "PREC-MIXED", "no GPU: fp32, which is what processors are fast at")
     elif gpu.has_bf16:
         result.put("mixed_precision", "bf16", "PREC-MIXED",
-                   f"{gpu.name} has bf16, the best choice where it exists; it takes as little memory as fp16")
+                   f"{gpu.name} has bf16, the best choice where it exists (the guide's fp16 below 16 GB is for "
+                   f"cards without it: both take the same memory)")
     else:
         result.put("mixed_precision", "fp16", "PREC-MIXED", f"{gpu.name} is older than RTX 30 and has no bf16")
     result.put("save_precision", "fp16", "PREC-SAVE", "the guide's default; every program reads it, half the size of float")
@@ -92,22 +97,36 @@ def _derive_precision(result: Derivation, gpu: Gpu) -> None:
 def _derive_memory(result: Derivation, base: BaseModel, gpu: Gpu) -> None:
     result.put("vram_gib", gpu.vram_gib, "", f"{gpu.name}, {gpu.vram_gib:g} GiB" if gpu.vram_gib else "no GPU")
     result.put("device", "cuda" if gpu.vram_gib else "cpu", "", gpu.name)
+    result.put("cache_latents", True, "COMMON", "each picture is encoded once; the VAE then leaves memory")
     full = base.num_unet_parameters > FULL_MODEL_PARAMETERS
+    result.put("vae_tiling", full and gpu.vram_gib < 12, "COMMON", "below 12 GiB the VAE works in tiles of 512 pixels"
+               if full and gpu.vram_gib < 12 else "the VAE takes whole pictures")
+    kept_gib = _needed_gib(result, base, 1, recompute=False)
     if not full:
         result.put("gradient_checkpointing", False, "COMMON", "this base is small: its activations fit as they are")
-    elif gpu.vram_gib < 16:
-        result.put("gradient_checkpointing", True, "COMMON", "below 16 GiB activations are recomputed to save memory")
+    elif gpu.vram_gib < kept_gib:
+        result.put("gradient_checkpointing", True, "COMMON",
+                   f"keeping all activations would need about {kept_gib:.0f} GiB, so they are computed twice")
     else:
-        result.put("gradient_checkpointing", False, "COMMON", "16 GiB hold the activations: nothing is computed twice")
-    result.put("cache_latents", True, "COMMON", "each picture is encoded once; the VAE then leaves memory")
-    result.put("vae_tiling", full and gpu.vram_gib < 12, "COMMON", "the VAE runs in tiles below 12 GiB")
-    batch_size = 4 if full and gpu.vram_gib >= 24 else 2 if full and gpu.vram_gib >= 16 else 1
-    result.put("batch_size", batch_size, "COMMON", f"what {gpu.vram_gib:g} GiB hold" if gpu.vram_gib else "no GPU")
-    result.put("resolution", base.native_resolution, "CROP", f"the base was made for {base.native_resolution} pixels")
-    result.put("buckets", True, "BUCKET", "pictures of one size train together; nothing need be cropped by hand")
+        result.put("gradient_checkpointing", False, "COMMON",
+                   f"all activations fit (about {kept_gib:.0f} GiB in all): nothing is computed twice")
+    batch_size = 1
+    if full and gpu.vram_gib >= 16:
+        recompute = result.value("gradient_checkpointing")
+        batch_size = max(size for size in (1, 2, 4)
+                         if size == 1 or _needed_gib(result, base, size, recompute) <= gpu.vram_gib)
+    needed_gib = _needed_gib(result, base, batch_size, result.value("gradient_checkpointing"))
+    result.put("batch_size", batch_size, "COMMON",
+               f"about {needed_gib:.1f} GiB in all" if full and gpu.vram_gib else "one picture at a time")
 
 
-def _derive_network(result: Derivation, answers: Answers, scan: Scan, gpu: Gpu) -> None:
+def _needed_gib(result: Derivation, base: BaseModel, batch_size: int, recompute: bool) -> float:
+    return estimate_vram_gib(base.num_unet_parameters, result.value("resolution"), batch_size, recompute,
+                             result.value("optimizer"), result.value("targets"), result.value("rank"),
+                             result.value("conv_rank"))
+
+
+def _derive_network(result: Derivation, answers: Answers, scan: Scan, base: BaseModel, gpu: Gpu) -> None:
     result.put("method", "lora", "METHOD", "a small file that works with any model of the same family")
     rank = {"character": 32, "face": 32, "concept": 32, "style": 64}[answers.subject]
     reasons = [f"{rank} to start for a {answers.subject}"]
@@ -117,9 +136,15 @@ def _derive_network(result: Derivation, answers: Answers, scan: Scan, gpu: Gpu) 
     if len(scan.pictures) >= 100:
         rank = min(128, rank * 2)
         reasons.append(f"doubled for {len(scan.pictures)} pictures (100 or more)")
-    if 0 < gpu.vram_gib < 8 and rank > 16:
-        rank = 16
-        reasons.append(f"held at 16 on {gpu.vram_gib:g} GiB")
+    targets, conv_rank = result.overrides.get("targets", "attention+ff"), result.overrides.get("conv_rank", 0)
+    if base.num_unet_parameters > FULL_MODEL_PARAMETERS and gpu.vram_gib:
+        wanted = rank
+        while rank > MIN_FITTED_RANK and gpu.vram_gib < estimate_vram_gib(
+                base.num_unet_parameters, result.value("resolution"), 1, True, result.value("optimizer"), targets, rank,
+                conv_rank):
+            rank //= 2
+        if rank < wanted:
+            reasons.append(f"lowered to {rank} to fit {gpu.vram_gib:g} GiB")
     result.put("rank", rank, "RANK-RANGE", "; ".join(reasons))
     rank = result.value("rank")
     alpha = rank / 2 if rank < 32 else max(16, rank // 2 // 16 * 16)
@@ -196,7 +221,7 @@ def _derive_length(result: Derivation, answers: Answers, scan: Scan) -> None:
         epochs = math.ceil(steps * accumulation / num_batches)
         result.put("epochs", epochs, "COMMON", f"{steps} steps are about {epochs} epochs of {num_batches} batches")
     every = _round_nicely(steps / SAVES_PER_RUN)
-    result.put("save_every", every, "COMMON", f"about {SAVES_PER_RUN} checkpoints in {steps} steps")
+    result.put("save_every", every, "COMMON", f"{steps // every} times in {steps} steps, at round numbers")
     result.put("sample_every", every, "COMMON", "sample pictures with each checkpoint")
 
 
@@ -239,10 +264,10 @@ def _warn(result: Derivation, answers: Answers, scan: Scan, base: BaseModel, gpu
                                   f"likely to give an unexpected LoRA.")
     if result.value("optimizer") == "Prodigy" and result.value("alpha") > result.value("rank") / 2:
         result.warn("ALPHA-ADAPTIVE", "With Prodigy, alpha works best between 1 and half the rank.")
-    needed_gib = base.num_unet_parameters * 2 / GIB + 1.5
-    if 0 < gpu.vram_gib < needed_gib:
-        result.warn("COMMON", f"The base's weights alone take {needed_gib - 1.5:.1f} GiB in 16 bits; with {gpu.vram_gib:g} "
-                              f"GiB of VRAM this run will most likely stop with an out-of-memory error.")
+    needed_gib = _needed_gib(result, base, result.value("batch_size"), result.value("gradient_checkpointing"))
+    if base.num_unet_parameters > FULL_MODEL_PARAMETERS and 0 < gpu.vram_gib < needed_gib:
+        result.warn("COMMON", f"This run needs about {needed_gib:.1f} GiB of VRAM (base in 16 bits) and the card has "
+                              f"{gpu.vram_gib:g} GiB: it will most likely stop with an out-of-memory error.")
     if gpu.vram_gib == 0 and base.num_unet_parameters > FULL_MODEL_PARAMETERS:
         result.warn("COMMON", "There is no GPU here. A full-size SDXL takes minutes per step on a processor.")
     if gpu.note:

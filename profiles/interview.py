@@ -18,6 +18,7 @@ from crumb.profiles.hardware import Gpu, resolve_gpu
 from crumb.profiles.plan import Plan, check_value, dump_plan, plan_fields
 
 NUM_SAMPLE_PROMPTS = 2
+NUM_REMARKS = 5
 
 ANSWERED = {
     "name": "--name", "images": "--images", "base_model": "--base", "vae": "--vae", "prediction_type": "--prediction",
@@ -26,7 +27,7 @@ ANSWERED = {
 }
 """Settings that come from an answer, which others follow from as well: an override would contradict it."""
 
-UNSETTABLE = {"created": "it is the moment the plan is made", "zero_terminal_snr": "the base's own file says it"}
+UNSETTABLE = {"created": "it is the moment the plan is made"}
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,11 @@ def conclude(answers: Answers, scan: Scan | None = None) -> Interview:
     if base.prediction_type is None and not answers.prediction:
         derivation.warn("", f"The base does not say what it predicts ({base.prediction_evidence}); taken as epsilon, as "
                             f"nearly all are. If it is a v-prediction model, say --prediction v_prediction.")
+    remarks = [problem for problem in scan.problems if not problem.fatal]
+    for problem in remarks[:NUM_REMARKS]:
+        derivation.warn("", f"{problem.path.name}: {problem.text}")
+    if len(remarks) > NUM_REMARKS:
+        derivation.warn("", f"{len(remarks) - NUM_REMARKS} more files have remarks like these; engine.log will name them all.")
     settings = {
         name: derived.value for name, derived in derivation.values.items() if name in plan_fields()
     }

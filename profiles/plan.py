@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import tomllib
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,14 @@ from crumb.profiles.errors import RequestError
 PLAN_VERSION = 1
 
 OPTIMIZERS = ("AdamW8bit", "AdamW", "Prodigy")
+OPTIMIZER_ARGS = {
+    "AdamW8bit": ("betas", "eps", "weight_decay"),
+    "AdamW": ("betas", "eps", "weight_decay", "amsgrad"),
+    "Prodigy": ("betas", "beta3", "eps", "weight_decay", "decouple", "use_bias_correction", "safeguard_warmup", "d0", "d_coef",
+                "growth_rate", "slice_p"),
+}
+"""What may stand in optimizer_args; AdamW8bit's suit torch's AdamW too, which may have to stand in."""
+
 SCHEDULERS = ("constant", "constant_with_warmup")
 TARGETS = ("attention", "attention+ff", "attention+ff+conv")
 PRECISIONS = ("no", "fp16", "bf16")
@@ -38,7 +47,7 @@ class Plan:
 
     name: str = _setting("run", "Run folder, file name and the word in <lora:NAME:1>")
     created: str = _setting("run", "When the plan was made (ISO 8601); written into the LoRA file as its date")
-    seed: int = _setting("run", "Same plan, seed and machine give the same file, bit for bit", 42, low=0, high=2**31 - 1)
+    seed: int = _setting("run", "Where all random numbers come from; the same seed repeats a run", 42, low=0, high=2**31 - 1)
     device: str = _setting("run", "Where to train", "auto", choices=("auto", "cuda", "cpu"))
 
     base_model: str = _setting("base", "SDXL .safetensors file or diffusers folder")
@@ -225,7 +234,12 @@ def _checked(setting: dataclasses.Field, value: Any) -> Any:
 
 
 def _check_together(plan: Plan) -> None:
-    """Rules that need more than one value; the same ones for wizard, `crumb plan` and the engine."""
+    """Rules beyond one value's range; the same ones for wizard, `crumb plan` and the engine."""
+    try:
+        datetime.fromisoformat(plan.created).timestamp()
+    except (ValueError, OverflowError, OSError):
+        raise RequestError(f"created is {plan.created!r}; it must be a date such as 2026-01-31T12:00:00+00:00.") from None
+    _check_optimizer_args(plan)
     if plan.resolution % 64:
         raise RequestError(f"resolution is {plan.resolution}; it must be a multiple of 64 (guide: CROP). "
                            f"Use {round(plan.resolution / 64) * 64}.")
@@ -240,6 +254,18 @@ def _check_together(plan: Plan) -> None:
                            f"1e-4 is the usual start (a rate of 1 is for Prodigy).")
     if plan.device == "cpu" and plan.mixed_precision == "fp16":
         raise RequestError("mixed_precision is fp16 with device cpu, which has no fast fp16. Set mixed_precision = \"no\".")
+
+
+def _check_optimizer_args(plan: Plan) -> None:
+    known = OPTIMIZER_ARGS[plan.optimizer]
+    for name, value in plan.optimizer_args.items():
+        if name not in known:
+            raise RequestError(f"optimizer_args has {name!r}, which {plan.optimizer} does not take; it takes "
+                               f"{', '.join(known)}." + _nearest(name, known))
+        numbers = value if name == "betas" and isinstance(value, list) and len(value) == 2 else [value]
+        if (name == "betas" and len(numbers) != 2) or not all(isinstance(number, int | float) for number in numbers):
+            wanted = "two numbers, such as [0.9, 0.999]" if name == "betas" else "a number, true or false"
+            raise RequestError(f"optimizer_args has {name} = {value!r}; it must be {wanted}.")
 
 
 def _check_key(key: str, section: str, source: str) -> None:

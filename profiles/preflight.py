@@ -6,6 +6,7 @@ from pathlib import Path
 from crumb.profiles.base_model import BaseModel, check_vae, inspect_base_model
 from crumb.profiles.dataset import Scan, scan_pictures
 from crumb.profiles.errors import RequestError
+from crumb.profiles.hardware import detect_gpu
 from crumb.profiles.interview import check_scan
 from crumb.profiles.plan import Plan
 
@@ -20,6 +21,7 @@ class Facts:
 
 def preflight(plan: Plan, on_progress=None) -> Facts:
     """Looks at every file the plan names; RequestError for the first that won't do."""
+    _check_device(plan)
     base = inspect_base_model(Path(plan.base_model))
     if base.prediction_type and base.prediction_type != plan.prediction_type:
         raise RequestError(f"prediction_type is {plan.prediction_type} but {base.path.name} is {base.prediction_type} "
@@ -31,3 +33,14 @@ def preflight(plan: Plan, on_progress=None) -> Facts:
     scan = scan_pictures(Path(plan.images), on_progress=on_progress)
     check_scan(scan, plan.skip_broken)
     return Facts(base, scan)
+
+
+def _check_device(plan: Plan) -> None:
+    if plan.device == "cpu" or detect_gpu():
+        return
+    if plan.device == "cuda":
+        raise RequestError("The plan says device = \"cuda\", but no NVIDIA GPU answers here. Check the driver with `crumb "
+                           "doctor`, or set device = \"cpu\" and mixed_precision = \"no\" in the plan.")
+    if plan.mixed_precision == "fp16":
+        raise RequestError("The plan says mixed_precision = \"fp16\", but there is no GPU here, and processors have no fast "
+                           "fp16. Set mixed_precision = \"no\".")

@@ -1,6 +1,7 @@
 """The commands on runs: train, resume, watch, stop, sample, runs; and verify, which the engine does in its own process."""
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -35,7 +36,11 @@ def train(options) -> int:
     plan = parse_plan(text, source=str(path))
     preflight(plan)
     run = create_run(plan.name, text)
-    return start_and_watch(run, options)
+    code = start_and_watch(run, options)
+    if code == 2 and not any(run.checkpoints.iterdir()) and not engine_is_alive(run):
+        # Refused before its first step: what was wrong has been said, and the name must stay free for the mended plan.
+        shutil.rmtree(run.path, ignore_errors=True)
+    return code
 
 
 def resume(options) -> int:

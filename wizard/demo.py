@@ -9,7 +9,7 @@ import sys
 from importlib.resources import as_file, files
 from pathlib import Path
 
-from crumb.engine.run.directory import RunDirectory, create_run
+from crumb.engine.run.directory import RunDirectory, create_run, read_state
 from crumb.profiles.answers import Answers
 from crumb.profiles.errors import CrumbError
 from crumb.profiles.interview import Interview, check_override, conclude
@@ -33,7 +33,7 @@ def demo(options) -> int:
         print(flush=True)
         run = create_run(interview.plan.name, interview.toml())
         code = start_and_watch(run, options)
-    if code == 0 and not options.detach:
+    if read_state(run)["state"] == "done":
         show_outcome(run, options)
     return code
 

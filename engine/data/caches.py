@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from crumb.engine.data.images import crop_picture, decode_rgb, read_bytes, to_tensor
+from crumb.engine.model.load import tile_vae
 from crumb.profiles.buckets import Crop
 from crumb.profiles.dataset import Picture
 from crumb.profiles.errors import CrumbError
@@ -139,7 +140,7 @@ def cache_latents(
         done = len(paths) - len(missing)
         vae = load_vae().to(device)
         if tiled:
-            vae.enable_tiling()
+            tile_vae(vae)
         for batch_paths, pictures, pixels in _prefetched(_batches(missing, batch_size)):
             _encode(vae, batch_paths, pictures, pixels.to(device))
             done += len(batch_paths)

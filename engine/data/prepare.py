@@ -3,6 +3,8 @@
 After this the VAE and the text encoders have left memory; the U-Net has not yet arrived.
 """
 
+import hashlib
+import json
 import logging
 from collections import defaultdict
 from collections.abc import Callable
@@ -58,6 +60,11 @@ class TrainingSet:
     def num_batches(self, batch_size: int) -> int:
         """Batches in one epoch."""
         return steps_per_epoch({size: len(indices) for size, indices in self.buckets.items()}, batch_size)
+
+    def digest(self) -> str:
+        """Of everything that the batches are made of: cache names are hashes of pictures, crops, VAE and prompts."""
+        content = [[path.name for path in self.latent_paths], self.captions, sorted(self.buckets.items())]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def batch(self, indices: list[int]) -> Batch:
         latents = [load_entry(self.latent_paths[index]) for index in indices]

@@ -63,6 +63,12 @@ def load_vae(
     return fill(vae, weights, dtype, device)
 
 
+def tile_vae(vae: AutoencoderKL) -> None:
+    """Makes the VAE work in tiles of 512 pixels. diffusers' own tiles are as large as SDXL's pictures: no tiles at all."""
+    vae.enable_tiling()
+    vae.tile_sample_min_size, vae.tile_latent_min_size = 512, 512 // VAE_SCALE
+
+
 def load_text_encoders(base: BaseModel, dtype: torch.dtype, device: torch.device | str = "cpu") -> TextEncoders:
     """CLIP-L and OpenCLIP bigG, frozen and in eval mode, with their tokenizers."""
     if base.layout == "diffusers":

@@ -19,6 +19,9 @@ from crumb.profiles.errors import CrumbError
 from crumb.profiles.safetensors_header import read_header
 
 TENSORS = ("alpha", "lora_down.weight", "lora_up.weight")
+READABLE = {"F16": np.float16, "F32": np.float32, "F64": np.float64, "BF16": None}
+CONTEXT_WIDTH = 2048
+"""What SDXL's cross-attention keys and values read; smaller models have another."""
 ATTENTION_BLOCKS = {
     "down_blocks.1": (2, 2), "down_blocks.2": (2, 10), "mid_block": (1, 10), "up_blocks.0": (3, 10), "up_blocks.1": (3, 2),
 }
@@ -41,9 +44,12 @@ class Report:
     alphas: list[float] = field(default_factory=list)
     dtype: str = ""
     file_bytes: int = 0
+    attention_alphas: dict[str, float] = field(default_factory=dict)
     block_norms: dict[str, float] = field(default_factory=dict)
     """Frobenius norm of alpha/rank * up @ down over all modules of a block."""
     problems: list[str] = field(default_factory=list)
+    full_size: bool = True
+    """False where the widths are not those of SDXL itself but of a smaller or pruned model."""
     metadata: dict[str, str] = field(default_factory=dict)
 
 
@@ -68,6 +74,10 @@ def verify_lora(path: Path) -> Report:
         if missing:
             report.problems.append(f"{stem} lacks {', '.join(missing)}")
             continue
+        unreadable = [tensors[key]["dtype"] for key in keys.values() if tensors[key]["dtype"] not in READABLE]
+        if unreadable:
+            report.problems.append(f"{stem} is stored as {unreadable[0]}, which LoRA loaders don't read")
+            continue
         _check_module(report, squares, stem, *(read_tensor(data, tensors[keys[kind]]) for kind in TENSORS))
     report.block_norms = {block: round(float(np.sqrt(square)), 6) for block, square in sorted(squares.items())}
     _check_whole(report, modules)
@@ -83,7 +93,7 @@ def read_tensor(data: np.ndarray, info: dict) -> np.ndarray:
     if info["dtype"] == "BF16":
         values = (np.frombuffer(raw, np.uint16).astype(np.uint32) << 16).view(np.float32)
     else:
-        values = np.frombuffer(raw, {"F16": np.float16, "F32": np.float32, "F64": np.float64}[info["dtype"]])
+        values = np.frombuffer(raw, READABLE[info["dtype"]])
     return values.astype(np.float32).reshape(info["shape"])
 
 
@@ -120,7 +130,12 @@ def _unet_modules():
 
 
 def _check_module(report: Report, squares: dict, stem: str, alpha: np.ndarray, down: np.ndarray, up: np.ndarray) -> None:
-    rank = down.shape[0]
+    rank = down.shape[0] if down.ndim else 0
+    if rank == 0:
+        report.problems.append(f"{stem} has rank 0")
+        return
+    if stem.startswith("lora_unet") and stem.endswith(("attn2_to_k", "attn2_to_v")) and down.shape[1] != CONTEXT_WIDTH:
+        report.full_size = False
     if alpha.shape != ():
         report.problems.append(f"{stem}.alpha has shape {list(alpha.shape)}; kohya's tools fail unless it is a single number")
     if up.ndim != down.ndim or up.shape[1] != rank or up.shape[2:] not in ((), (1, 1)):
@@ -130,6 +145,10 @@ def _check_module(report: Report, squares: dict, stem: str, alpha: np.ndarray, d
         report.problems.append(f"{stem} holds NaN or infinity")
         return
     alpha_value = float(alpha.reshape(-1)[0])
+    group = "unet" if "_attn" in stem and stem.startswith("lora_unet") else stem[:8] if stem.startswith("lora_te") else ""
+    if group and report.attention_alphas.setdefault(group, alpha_value) != alpha_value:
+        problem = f"alphas differ among the attention modules of {group}: diffusers misreads such a file"
+        report.problems += [] if problem in report.problems else [problem]
     flat_down, flat_up = down.reshape(rank, -1).astype(np.float64), up.reshape(up.shape[0], rank).astype(np.float64)
     # ||up @ down||^2 without the large product: trace of two (rank, rank) matrices.
     square = float(np.sum((flat_up.T @ flat_up) * (flat_down @ flat_down.T))) * (alpha_value / rank) ** 2
@@ -176,8 +195,12 @@ def report_lines(report: Report) -> list[str]:
         if key in report.metadata:
             lines.append(f"{key:<26} {report.metadata[key]}")
     lines += [f"problem: {problem}" for problem in report.problems]
-    lines.append("This LoRA loads in ComfyUI, A1111/Forge, InvokeAI and diffusers." if report.ok else
-                 f"{len(report.problems)} problem(s): see above.")
+    if not report.ok:
+        lines.append(f"{len(report.problems)} problem(s): see above.")
+    elif report.full_size:
+        lines.append("This LoRA loads in ComfyUI, A1111/Forge, InvokeAI and diffusers.")
+    else:
+        lines.append("Sound, but made for a base of other widths than SDXL's: it fits only the base it was trained on.")
     return lines
 
 

@@ -37,7 +37,8 @@ class EventWriter:
 
     def emit(self, type: str, **fields) -> None:
         line = json.dumps({"time": round(time.time(), 3), "type": type, **fields}, ensure_ascii=False)
-        os.write(self._descriptor, line.encode() + b"\n")
+        # A file name that is no UTF-8 arrives as lone surrogates; escaped they are valid JSON.
+        os.write(self._descriptor, line.encode("utf-8", "backslashreplace") + b"\n")
 
     def close(self) -> None:
         os.close(self._descriptor)

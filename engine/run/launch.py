@@ -1,5 +1,6 @@
 """Starts the engine as a process of its own, so that it outlives the terminal that asked for it."""
 
+import os
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ def launch_engine(run: RunDirectory, *, timeout_s: float = 30.0) -> subprocess.P
     with run.log.open("ab") as log:
         process = subprocess.Popen(
             [sys.executable, "-P", "-m", "crumb.engine", str(run.path)],
+            env=os.environ | {"CUBLAS_WORKSPACE_CONFIG": os.environ.get("CUBLAS_WORKSPACE_CONFIG", ":4096:8")},
             stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
         )
     deadline = time.monotonic() + timeout_s

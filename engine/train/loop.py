@@ -104,8 +104,8 @@ class Trainer:
         if self.skipped_in_a_row > MAX_SKIPPED_IN_A_ROW:
             raise CrumbError(
                 f"Loss or gradients were NaN or infinite for {self.skipped_in_a_row} steps in a row (last loss {loss}). "
-                f"Lower the learning rate ({self.plan.learning_rate:g} now), or use mixed_precision = \"bf16\" or \"no\" "
-                f"({self.plan.mixed_precision} now). The last checkpoint is sound.")
+                f"Start a new run with a lower learning rate ({self.plan.learning_rate:g} now) or mixed_precision = "
+                f"\"bf16\" or \"no\" ({self.plan.mixed_precision} now). What the checkpoints hold was saved before this.")
         return grad_norm
 
     def _batch_indices(self, number: int) -> list[int]:

@@ -12,7 +12,10 @@ from crumb.profiles.plan import Plan
 def make_optimizer(plan: Plan, parameters: list, device: torch.device, warn: Callable[[str], None]) -> Optimizer:
     """The plan's optimizer over `parameters`; `warn` gets a sentence where another had to stand in."""
     arguments = {name: tuple(value) if isinstance(value, list) else value for name, value in plan.optimizer_args.items()}
-    make = {"AdamW": torch.optim.AdamW, "AdamW8bit": _adamw_8bit(device, warn), "Prodigy": _prodigy}[plan.optimizer]
+    if plan.optimizer == "AdamW8bit":
+        make = _adamw_8bit(device, warn)
+    else:
+        make = {"AdamW": torch.optim.AdamW, "Prodigy": _prodigy}[plan.optimizer]
     try:
         return make(parameters, lr=plan.learning_rate, **arguments)
     except (TypeError, ValueError) as error:

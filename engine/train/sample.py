@@ -14,7 +14,7 @@ from torch import Tensor
 
 from crumb.engine.data.prepare import TrainingSet, load_entry
 from crumb.engine.memory.placement import Placement
-from crumb.engine.model.load import load_vae
+from crumb.engine.model.load import load_vae, tile_vae
 from crumb.engine.train.noise import BETA_END, BETA_START, NUM_TIMESTEPS
 from crumb.profiles.base_model import BaseModel
 from crumb.profiles.plan import Plan
@@ -31,7 +31,7 @@ def sample_pictures(unet, training_set: TrainingSet, plan: Plan, base: BaseModel
                    for index, embedding in enumerate(embeddings[1:])]
         vae = load_vae(base, Path(plan.vae) if plan.vae else None, placement.encoder_dtype, placement.device)
         if plan.vae_tiling:
-            vae.enable_tiling()
+            tile_vae(vae)
         images = [decode(vae, one) for one in latents]
     del vae
     gc.collect()

@@ -11,14 +11,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 from safetensors import safe_open
 from safetensors.torch import load_file
-from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-from crumb.engine.model.tiny import write_diffusers_folder
+from crumb.engine.model.load import load_unet
+from crumb.engine.network.lora import attach_lora
 from crumb.engine.run.directory import RunDirectory
 from crumb.engine.run.events import read_events
+from crumb.profiles.base_model import inspect_base_model
 
 STEPS = 30
 COMMON = ["--subject", "style", "--gpu", "cpu", "--trigger", "crumbtest", "--set", f"steps={STEPS}", "--set", "rank=4",
@@ -58,18 +60,11 @@ def test_events_tell_the_whole_story(straight):
     assert sum(losses[-10:]) < sum(losses[:10])
 
 
-def test_diffusers_renders_the_saved_change_exactly(straight, tiny_base, tmp_path):
-    """The U-Net with the LoRA loaded by diffusers equals one whose weights were set to W + alpha/rank up @ down by hand."""
-    folder = tmp_path / "diffusers"
-    write_diffusers_folder(folder, tiny_base, dtype=torch.float32)
-    loaded = UNet2DConditionModel.from_pretrained(folder / "unet")
-    merged = UNet2DConditionModel.from_pretrained(folder / "unet")
-    pipeline = StableDiffusionXLPipeline(
-        vae=AutoencoderKL.from_pretrained(folder / "vae"), unet=loaded, scheduler=DDPMScheduler(),
-        text_encoder=CLIPTextModel.from_pretrained(folder / "text_encoder"),
-        text_encoder_2=CLIPTextModelWithProjection.from_pretrained(folder / "text_encoder_2"),
-        tokenizer=None, tokenizer_2=None)
-    pipeline.load_lora_weights(str(straight.result))
+def test_diffusers_renders_the_saved_change_exactly(straight, tiny_base):
+    """Base and LoRA read by diffusers' own code against W + alpha/rank up @ down by hand, and against the trainer's U-Net."""
+    loaded, merged, without_lora = diffusers_unet(tiny_base), diffusers_unet(tiny_base), diffusers_unet(tiny_base)
+    state_dict, alphas = StableDiffusionXLPipeline.lora_state_dict(str(straight.result), unet_config=loaded.config)
+    StableDiffusionXLPipeline.load_lora_into_unet(state_dict, network_alphas=alphas, unet=loaded)
 
     file = load_file(straight.result)
     stems = sorted({key.split(".")[0] for key in file})
@@ -85,13 +80,34 @@ def test_diffusers_renders_the_saved_change_exactly(straight, tiny_base, tmp_pat
     inputs = {"sample": torch.randn(2, 4, 16, 16, generator=generator), "timestep": torch.tensor([10, 900]),
               "encoder_hidden_states": torch.randn(2, 77, 128, generator=generator),
               "added_cond_kwargs": {"text_embeds": torch.randn(2, 64, generator=generator), "time_ids": torch.ones(2, 6)}}
+    trained = load_unet(inspect_base_model(tiny_base), torch.float32)
+    network = attach_lora(trained, "attention+ff+conv", 4, 2.0, 2, 1.0, seed=42)
+    assert sorted(network.layers) == stems
+    for stem, layer in network.layers.items():
+        layer.lora_A.data, layer.lora_B.data = file[f"{stem}.lora_down.weight"], file[f"{stem}.lora_up.weight"]
     with torch.no_grad():
         with_lora, by_hand = loaded(**inputs).sample, merged(**inputs).sample
-        without = UNet2DConditionModel.from_pretrained(folder / "unet")(**inputs).sample
+        without, in_training = without_lora(**inputs).sample, trained(**inputs).sample
     difference = ((with_lora - by_hand).abs().max() / by_hand.abs().max()).item()
     change = ((by_hand - without).abs().max() / without.abs().max()).item()
     assert difference < 1e-5, f"diffusers renders something else: {difference:.2e}"
-    assert change > 1e-3, f"the LoRA changes next to nothing ({change:.2e}), so the comparison proves nothing"
+    from_training = ((in_training - by_hand).abs().max() / by_hand.abs().max()).item()
+    assert from_training < 1e-5, f"the trainer saw another U-Net than diffusers renders: {from_training:.2e}"
+    assert change > 1e-2, f"the LoRA changes next to nothing ({change:.2e}), so the comparison proves nothing"
+
+
+def diffusers_unet(single_file: Path) -> UNet2DConditionModel:
+    """The base's U-Net by diffusers' own converter; the config is written out, nothing of crumb's is used."""
+    attention = ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D"]
+    unet = UNet2DConditionModel(
+        sample_size=16, in_channels=4, out_channels=4, block_out_channels=(32, 64, 128), layers_per_block=2,
+        down_block_types=["DownBlock2D", *attention],
+        up_block_types=["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"], transformer_layers_per_block=[1, 1, 2],
+        attention_head_dim=[1, 1, 2], cross_attention_dim=128, use_linear_projection=True, addition_embed_type="text_time",
+        addition_time_embed_dim=256, projection_class_embeddings_input_dim=64 + 6 * 256)
+    converted = convert_ldm_unet_checkpoint(load_file(single_file), unet.config)
+    unet.load_state_dict({name: tensor.float() for name, tensor in converted.items()}, strict=True)
+    return unet.eval()
 
 
 def ldm_name(name: str) -> str:

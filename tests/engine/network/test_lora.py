@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from crumb.engine.model.config import make_unet_config
 from crumb.engine.network.lora import attach_lora
 from crumb.engine.network.save import save_lora, write_safetensors
-from crumb.engine.network.verify import known_stems, verify_lora
+from crumb.engine.network.verify import known_stems, report_lines, verify_lora
 
 SDXL_METADATA = {"ss_base_model_version": "sdxl_base_v1-0"}
 
@@ -52,6 +52,7 @@ def test_written_file_reads_back_and_is_the_same_every_time(network, tmp_path, p
 
     report = verify_lora(path)
     assert report.ok and report.num_matched == len(network.layers) and report.ranks == [4, 8]
+    assert "other widths than SDXL's" in report_lines(report)[-1]
     stem, layer = next(iter(network.layers.items()))
     by_hand = {}
     for stem, layer in network.layers.items():
@@ -69,6 +70,9 @@ def test_written_file_reads_back_and_is_the_same_every_time(network, tmp_path, p
     (lambda t: t["lora_unet_middle_block_1_proj_in.lora_up.weight"].fill_(torch.nan), "NaN"),
     (lambda t: t.update({"lora_unet_middle_block_1_proj_in.alpha": torch.ones(1)}), "single number"),
     (lambda t: t.update({"lora_unet_middle_block_1_proj_in.lora_up.weight": torch.ones(9, 9)}), "don't fit"),
+    (lambda t: t.update({"lora_unet_middle_block_1_proj_in.alpha": torch.tensor(4)}), "don't read"),
+    (lambda t: t.update({"lora_unet_middle_block_1_proj_in.lora_down.weight": torch.ones(0, 128)}), "rank 0"),
+    (lambda t: t["lora_unet_middle_block_1_transformer_blocks_0_attn1_to_q.alpha"].fill_(9), "diffusers misreads"),
     (lambda t: [v.zero_() for k, v in t.items() if "lora_up" in k], "does nothing"),
 ])
 def test_damage_is_found(network, tmp_path, damage, word):

@@ -1,0 +1,29 @@
+"""What a run needs of the GPU's memory, by arithmetic, so that no plan is made that can't fit.
+
+The activation figures were counted, not measured on a GPU: tensors saved for backward by the full-size U-Net with
+crumb's LoRA layers at 1024x1024 and batch 1 in 16 bits with flash attention. They grow with the picture's area.
+"""
+
+from crumb.profiles.hardware import GIB
+
+KEPT_ACTIVATIONS_GIB = 6.3
+RECOMPUTED_ACTIVATIONS_GIB = 0.65
+RESERVE_GIB = 1.2
+"""CUDA context, workspaces, transients and what the desktop takes."""
+
+PARAMETERS_PER_RANK = {"attention": 1_451_000, "attention+ff": 2_660_000, "attention+ff+conv": 2_660_000}
+PARAMETERS_PER_CONV_RANK = 414_000
+"""LoRA weights of full-size SDXL for each unit of rank; the counts of the published LoRA formats."""
+
+STATE_BYTES = {"AdamW8bit": 2, "AdamW": 8, "Prodigy": 14}
+"""Optimizer bytes per trained weight, beside 4 for the weight and 4 for its gradient."""
+
+
+def estimate_vram_gib(num_unet_parameters: int, resolution: int, batch_size: int, recompute: bool, optimizer: str,
+                      targets: str, rank: int, conv_rank: int) -> float:
+    """Peak GPU memory of training a full-size SDXL with its base in 16 bits."""
+    weights = num_unet_parameters * 2 / GIB
+    per_picture = RECOMPUTED_ACTIVATIONS_GIB if recompute else KEPT_ACTIVATIONS_GIB
+    activations = per_picture * batch_size * (resolution / 1024) ** 2
+    num_parameters = PARAMETERS_PER_RANK[targets] * rank + PARAMETERS_PER_CONV_RANK * conv_rank
+    return weights + activations + num_parameters * (8 + STATE_BYTES[optimizer]) / GIB + RESERVE_GIB
