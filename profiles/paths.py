@@ -1,4 +1,4 @@
-"""Where crumb keeps what is not a run: caches, state and settings, by the XDG rules.
+"""Where crumb keeps what is not a run: caches and state, by the XDG rules.
 
 Separate so that the wizard and the engine agree on one place each, and tests can move them.
 """
@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 
 import platformdirs
+
+from crumb.profiles.errors import RequestError
 
 
 def cache_dir() -> Path:
@@ -19,12 +21,11 @@ def state_dir() -> Path:
     return _private(Path(platformdirs.user_state_dir("crumb")))
 
 
-def config_dir() -> Path:
-    """What the person has chosen once for all runs."""
-    return _private(Path(platformdirs.user_config_dir("crumb")))
-
-
 def _private(path: Path) -> Path:
     # Captions and pictures may be private, and rented machines have many users.
-    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise RequestError(f"The folder {path} can't be made ({error.strerror}). Point CRUMB_CACHE and XDG_STATE_HOME to "
+                           f"folders you can write to.") from None
     return path

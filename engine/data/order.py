@@ -7,8 +7,6 @@ go on with the very pictures it would have seen.
 import random
 from collections.abc import Mapping, Sequence
 
-from crumb.profiles.buckets import steps_per_epoch
-
 Buckets = Mapping[tuple[int, int], Sequence[int]]
 
 
@@ -27,10 +25,3 @@ def epoch_batches(buckets: Buckets, batch_size: int, seed: int, epoch: int) -> l
         batches += [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
     generator.shuffle(batches)
     return batches
-
-
-def batch_at(step: int, buckets: Buckets, batch_size: int, seed: int) -> list[int]:
-    """The batch of a step, counted from 0 across epochs."""
-    per_epoch = steps_per_epoch({size: len(indices) for size, indices in buckets.items()}, batch_size)
-    epoch, position = divmod(step, per_epoch)
-    return epoch_batches(buckets, batch_size, seed, epoch)[position]

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -186,6 +187,30 @@ def test_changed_plan_is_not_resumed(plan, tmp_path):
     run.plan.write_text(run.plan.read_text().replace("seed = 42", "seed = 43"))
     resumed = crumb("resume", "crumbtest", "--plain", CRUMB_RUNS=str(tmp_path))
     assert resumed.returncode == 2 and "plan.toml" in resumed.stdout + resumed.stderr
+
+
+def test_resume_refuses_other_pictures_and_allows_what_changes_no_result(plan, photographs, tmp_path):
+    pictures = tmp_path / "pictures"
+    shutil.copytree(photographs, pictures)
+    own_plan = tmp_path / "own.toml"
+    own_plan.write_text(plan.read_text().replace(str(photographs), str(pictures)))
+    crumb("train", own_plan, "--detach", CRUMB_RUNS=str(tmp_path))
+    run = RunDirectory(tmp_path / "crumbtest")
+    wait_for(lambda: any(event["type"] == "step" for event in read_events(run.events)[0]))
+    crumb("stop", "crumbtest", CRUMB_RUNS=str(tmp_path))
+    wait_for(lambda: json.loads(run.state.read_text())["state"] == "stopped")
+    step = json.loads(run.state.read_text())["step"]
+
+    (pictures / "coffee.txt").write_text("something else")
+    refused = crumb("resume", "crumbtest", "--plain", CRUMB_RUNS=str(tmp_path))
+    assert refused.returncode == 2 and "set of pictures and captions" in refused.stdout + refused.stderr
+    assert json.loads(run.state.read_text())["step"] == step > 0
+
+    shutil.copy(photographs / "coffee.txt", pictures / "coffee.txt")
+    run.plan.write_text("# a remark\n" + run.plan.read_text().replace("gradient_checkpointing = false",
+                                                                      "gradient_checkpointing = true"))
+    resumed = crumb("resume", "crumbtest", "--plain", CRUMB_RUNS=str(tmp_path))
+    assert resumed.returncode == 0 and "activations recomputed" in run.events.read_text()
 
 
 def wait_for(condition, timeout_s: float = 90.0) -> None:

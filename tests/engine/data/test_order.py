@@ -3,7 +3,7 @@
 import random
 from collections import Counter
 
-from crumb.engine.data.order import batch_at, epoch_batches
+from crumb.engine.data.order import epoch_batches
 from crumb.profiles.buckets import steps_per_epoch
 
 REPEATS = {0: 3, 1: 1, 2: 2, 3: 1, 4: 5, 5: 1, 6: 1}
@@ -41,8 +41,3 @@ def test_order_never_changes_between_versions():
     """Golden: a checkpoint of an older release goes on with the same pictures."""
     batches = epoch_batches({(64, 64): list(range(6)), (64, 128): [6, 7, 8]}, 2, 42, 0)
     assert batches == [[1, 5], [8, 7], [6], [3, 4], [2, 0]]
-
-
-def test_batch_at_walks_through_epochs():
-    walked = [batch for epoch in range(3) for batch in epoch_batches(BUCKETS, 2, 7, epoch)]
-    assert [batch_at(step, BUCKETS, 2, 7) for step in range(len(walked))] == walked

@@ -1,5 +1,7 @@
 """Sample pictures equal diffusers' own pipeline from the same noise."""
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
@@ -44,6 +46,10 @@ def test_equals_diffusers_pipeline(tiny_base, tmp_path):
                           generator=torch.Generator().manual_seed(11)).images
     difference = np.abs(np.asarray(Image.open(path), int) - np.asarray(expected, int))
     assert difference.max() <= 1, f"largest difference {difference.max()} of 255, mean {difference.mean():.3f}"
+
+    velocity = make_scheduler(replace(plan, prediction_type="v_prediction", zero_terminal_snr=True))
+    assert velocity.config.prediction_type == "v_prediction" and velocity.config.timestep_spacing == "trailing"
+    assert make_scheduler(plan).config.prediction_type == "epsilon"
 
     contact_sheet([[path, path], [path, path]], tmp_path / "sheet.png")
     assert Image.open(tmp_path / "sheet.png").size == (256, 256)
