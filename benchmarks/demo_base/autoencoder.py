@@ -1,0 +1,144 @@
+"""Trains the demo base's AutoencoderKL (factor 8, 4 channels) on every picture set, then encodes the base's pictures.
+
+Resumable: `autoencoder.pt` holds the whole state. At the end the latents' mean and size are folded into quant_conv and
+post_quant_conv, so that SDXL's factor 0.13025 gives latents of mean 0 and variance 1.
+"""
+
+import json
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from pictures import PACKAGES, load_set
+from torch import Tensor, nn
+
+from crumb.engine.model.config import VAE_SCALING_FACTOR, make_vae_config
+
+WIDTHS = (32, 32, 64, 96)
+LEARNING_RATE = 1e-3
+WARMUP_STEPS = 100
+KL_WEIGHT = 1e-4
+EDGE_WEIGHT = 0.5
+# Latents with the usual spread of 1 at the start drown what they say, and the decoder learns to answer plain white.
+FIRST_LOG_VARIANCE = -6.0
+# Crops of half the side cost the same for four times the pictures; the last part trains on whole ones.
+WHOLE_FROM = 0.75
+CROP, CROP_BATCH, WHOLE_BATCH = 64, 16, 4
+
+
+def new_autoencoder() -> AutoencoderKL:
+    model = AutoencoderKL(**make_vae_config(WIDTHS, 1, 4, 128)).to(memory_format=torch.channels_last)
+    nn.init.constant_(model.quant_conv.bias[4:], FIRST_LOG_VARIANCE)
+    return model
+
+
+def train_autoencoder(folder: Path, num_steps: int, seed: int = 0, save_every: int = 250) -> None:
+    """Trains up to `num_steps`, from the last kept state if there is one, and folds the latents' size in."""
+    torch.manual_seed(seed)
+    pictures = torch.from_numpy(np.concatenate([load_set(folder, name)[1] for name in PACKAGES])).permute(0, 3, 1, 2)
+    model = new_autoencoder()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0.0)
+    state_path, step = folder / "autoencoder.pt", 0
+    if state_path.exists():
+        state = torch.load(state_path)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        step = state["step"]
+    began, kept = time.monotonic(), []
+    while step < num_steps:
+        for group in optimizer.param_groups:
+            group["lr"] = _learning_rate(step, num_steps)
+        batch = _batch(pictures, step, num_steps, seed)
+        loss, l1 = _loss(model, batch)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        step += 1
+        kept.append(l1.item())
+        if step % 50 == 0:
+            line = {"step": step, "l1": round(sum(kept) / len(kept), 5), "seconds": round(time.monotonic() - began, 1)}
+            kept.clear()
+            with (folder / "autoencoder.jsonl").open("a") as log:
+                log.write(json.dumps(line) + "\n")
+        if step % save_every == 0 or step == num_steps:
+            scratch = state_path.with_suffix(".partial")
+            torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}, scratch)
+            scratch.replace(state_path)
+
+
+def folded_autoencoder(folder: Path) -> AutoencoderKL:
+    """The trained autoencoder, its latents of mean 0 and variance 1 over the base's pictures once scaled."""
+    model = new_autoencoder()
+    model.load_state_dict(torch.load(folder / "autoencoder.pt")["model"])
+    means = _means(model, torch.from_numpy(load_set(folder, "noto")[1]).permute(0, 3, 1, 2))
+    shift = means.mean(dim=(0, 2, 3))
+    size = (means - shift.view(-1, 1, 1)).std() * VAE_SCALING_FACTOR
+    with torch.no_grad():
+        quant, post = model.quant_conv, model.post_quant_conv
+        # New means: (old - shift) / size, and so the variance falls by size².
+        quant.weight[:4] /= size
+        quant.bias[:4] = (quant.bias[:4] - shift) / size
+        quant.bias[4:] -= 2 * math.log(size)
+        post.bias += (post.weight.flatten(1) @ shift).view_as(post.bias)
+        post.weight *= size
+    return model.eval()
+
+
+def encode_base_pictures(folder: Path, model: AutoencoderKL, names: tuple[str, ...] = ("noto",)) -> None:
+    """Writes the scaled latents' means, (N, 4, 16, 16) fp32, of each set to latents-NAME.npy."""
+    for name in names:
+        pictures = torch.from_numpy(load_set(folder, name)[1]).permute(0, 3, 1, 2)
+        np.save(folder / f"latents-{name}.npy", (_means(model, pictures) * VAE_SCALING_FACTOR).numpy())
+
+
+@torch.no_grad()
+def _means(model: AutoencoderKL, pictures: Tensor) -> Tensor:
+    chunks = [_to_range(part) for part in pictures.split(32)]
+    return torch.cat([model.encode(chunk).latent_dist.mean for chunk in chunks])
+
+
+def _to_range(pictures: Tensor) -> Tensor:
+    return (pictures.float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
+
+
+def _loss(model: AutoencoderKL, batch: Tensor) -> tuple[Tensor, Tensor]:
+    posterior = model.encode(batch).latent_dist
+    decoded = model.decode(posterior.sample()).sample.float()
+    l1 = (decoded - batch).abs().mean()
+    edges = sum((_slope(decoded, dim) - _slope(batch, dim)).abs().mean() for dim in (2, 3))
+    kl = 0.5 * (posterior.mean.float().square() + posterior.var.float() - 1 - posterior.logvar.float()).mean()
+    return l1 + 2 * (decoded - batch).square().mean() + EDGE_WEIGHT * edges + KL_WEIGHT * kl, l1
+
+
+def _slope(pictures: Tensor, dim: int) -> Tensor:
+    return pictures.diff(dim=dim)
+
+
+def _batch(pictures: Tensor, step: int, num_steps: int, seed: int) -> Tensor:
+    """Random pictures as (B, 3, H, W) in [-1, 1]: mirrored, with colours changed about so that no hue is rare."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+    whole = step >= WHOLE_FROM * num_steps
+    num = WHOLE_BATCH if whole else CROP_BATCH
+    batch = pictures[torch.randint(len(pictures), (num,), generator=generator)]
+    if not whole:
+        corners = torch.randint(8, pictures.shape[-1] - CROP - 7, (num, 2), generator=generator).tolist()
+        batch = torch.stack([p[:, y : y + CROP, x : x + CROP] for p, (y, x) in zip(batch, corners)])
+    mirrored = torch.rand(num, generator=generator) < 0.5
+    batch = torch.where(mirrored.view(-1, 1, 1, 1), batch.flip(-1), batch)
+    for i in (torch.rand(num, generator=generator) < 0.4).nonzero().flatten().tolist():
+        batch[i] = batch[i][torch.randperm(3, generator=generator)]
+    return _to_range(batch)
+
+
+def _learning_rate(step: int, num_steps: int) -> float:
+    return LEARNING_RATE * min(1, (step + 1) / WARMUP_STEPS) * max(0.02, 0.5 * (1 + math.cos(math.pi * step / num_steps)))
+
+
+if __name__ == "__main__":
+    import sys
+
+    train_autoencoder(Path(sys.argv[1]), int(sys.argv[2]))

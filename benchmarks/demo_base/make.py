@@ -1,0 +1,40 @@
+"""Makes the demo's base model and picture sets from the registry's packages: `python -P benchmarks/demo_base/make.py`.
+
+Every part resumes from what WORK holds, so a stopped run goes on by the same command.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+# `python -P` leaves this folder off the path, which keeps the project's own `kernels` from hiding another package.
+sys.path.insert(0, str(Path(__file__).parent))
+
+from autoencoder import encode_base_pictures, folded_autoencoder, train_autoencoder
+from denoiser import train_denoiser
+from pack import pack_base, pack_sets
+
+ENGINE = Path(__file__).parents[2] / "engine"
+AUTOENCODER_STEPS = 2500
+DENOISER_STEPS = 5000
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--work", type=Path, default=Path("demo-base"), help="folder for states and logs")
+    parser.add_argument("--demo", type=Path, default=ENGINE / "demo", help="folder for the results")
+    parser.add_argument("--autoencoder-steps", type=int, default=AUTOENCODER_STEPS)
+    parser.add_argument("--denoiser-steps", type=int, default=DENOISER_STEPS)
+    options = parser.parse_args()
+    options.work.mkdir(parents=True, exist_ok=True)
+    options.demo.mkdir(parents=True, exist_ok=True)
+    train_autoencoder(options.work, options.autoencoder_steps)
+    if not (options.work / "latents-noto.npy").exists():
+        encode_base_pictures(options.work, folded_autoencoder(options.work))
+    train_denoiser(options.work, options.denoiser_steps)
+    pack_base(options.work, options.demo / "base.safetensors")
+    pack_sets(options.work, options.demo)
+
+
+if __name__ == "__main__":
+    main()

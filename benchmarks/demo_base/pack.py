@@ -1,0 +1,86 @@
+"""Writes what the package carries: the base as an SDXL single file in fp16, and the demo's two picture sets.
+
+The file differs from a plain checkpoint in one thing: its token embeddings hold only the rows in use, and the tensor
+`token_rows` says which row each of CLIP's 49,408 tokens takes (`crumb.engine.run.demo` writes them out in full).
+"""
+
+from pathlib import Path
+
+import torch
+from autoencoder import folded_autoencoder
+from denoiser import averaged
+from pictures import caption, digest, load_set
+from PIL import Image
+from torch import Tensor
+
+from crumb.engine.model import keys
+from crumb.engine.network.save import write_safetensors
+
+NUM_STYLE_PICTURES = 120
+# One subject in many moods, and none of the base's own pictures.
+CHARACTER = (
+    "cat-face", "grinning-cat", "grinning-cat-with-smiling-eyes", "cat-with-tears-of-joy", "smiling-cat-with-heart-eyes",
+    "cat-with-wry-smile", "kissing-cat", "weary-cat", "crying-cat", "pouting-cat",
+)  # fmt: skip
+
+
+def pack_base(folder: Path, path: Path) -> None:
+    """Writes the trained parts under their LDM names, fp16."""
+    model, autoencoder = averaged(folder), folded_autoencoder(folder)
+    tensors = {keys.UNET_PREFIX + keys.unet_to_ldm(name): value for name, value in model.unet.state_dict().items()}
+    tensors |= {keys.CLIP_L_PREFIX + keys.text_name(name): value for name, value in model.first.state_dict().items()}
+    tensors |= _open_clip_tensors(model.second.state_dict())
+    for name, value in autoencoder.state_dict().items():
+        is_attention_matrix = ".attentions." in name and value.ndim == 2
+        tensors[keys.VAE_PREFIX + keys.vae_to_ldm(name)] = value[..., None, None] if is_attention_matrix else value
+    tensors = {name: value.detach().half().contiguous() for name, value in tensors.items()}
+    tensors["token_rows"] = model.first.get_input_embeddings().rows.to(torch.int32)
+    keys_of_base, pictures = load_set(folder, "noto")
+    write_safetensors(path, tensors, {
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": "stable-diffusion-xl-v1-base",
+        "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
+        "modelspec.title": "crumb demo base",
+        "modelspec.license": "Apache-2.0",
+        "modelspec.resolution": "128x128",
+        "modelspec.prediction_type": "epsilon",
+        "crumb.pictures_sha256": digest(keys_of_base, pictures),
+    })  # fmt: skip
+
+
+def _open_clip_tensors(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Encoder 2 under OpenCLIP's names, with q, k and v stacked."""
+    parts: dict[str, dict[int, Tensor]] = {}
+    for name, value in state.items():
+        source = keys.open_clip_source(keys.text_name(name))
+        parts.setdefault(source.key, {})[source.third or 0] = value.T if source.transposed else value
+    tensors = {keys.OPEN_CLIP_PREFIX + key: torch.cat([thirds[i] for i in sorted(thirds)]) for key, thirds in parts.items()}
+    return tensors | {keys.OPEN_CLIP_PREFIX + "logit_scale": torch.tensor(4.6055)}
+
+
+def pack_sets(folder: Path, demo: Path) -> None:
+    """Writes demo/style (ink drawings) and demo/character (the cat of another set), each with captions."""
+    names, pictures = load_set(folder, "ink")
+    known = set(load_set(folder, "noto")[0])
+    shared = [i for i, name in enumerate(names) if name in known]
+    order = torch.randperm(len(shared), generator=torch.Generator().manual_seed(0)).tolist()
+    _write_set(demo / "style", names, pictures, [shared[i] for i in order[:NUM_STYLE_PICTURES]], grey=True)
+    names, pictures = load_set(folder, "fluent")
+    _write_set(demo / "character", names, pictures, [names.index(name) for name in CHARACTER], grey=False)
+
+
+def _write_set(folder: Path, names: list[str], pictures, chosen: list[int], grey: bool) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in sorted(chosen):
+        image = Image.fromarray(pictures[i])
+        image = image.convert("L") if grey else image.quantize(128, dither=Image.Dither.NONE)
+        image.save(folder / f"{names[i]}.png", optimize=True)
+        (folder / f"{names[i]}.txt").write_text(caption(names[i]) + "\n")
+
+
+if __name__ == "__main__":
+    import sys
+
+    work, demo_folder = Path(sys.argv[1]), Path(sys.argv[2])
+    pack_base(work, demo_folder / "base.safetensors")
+    pack_sets(work, demo_folder)
