@@ -14,18 +14,23 @@ import torch
 from diffusers import AutoencoderKL
 from pictures import PACKAGES, load_set
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from crumb.engine.model.config import VAE_SCALING_FACTOR, make_vae_config
 
 WIDTHS = (32, 32, 64, 96)
 LEARNING_RATE = 1e-3
 WARMUP_STEPS = 100
+# Two cosines. After the first, shapes are right and hues are not: four channels carry light and one axis of colour at
+# first. The second adds a squared loss on the colour of 8x8 areas (an absolute one is content with the commonest hue).
+CYCLES = (2500, 2000)
+COLOUR_WEIGHT = 20.0
 KL_WEIGHT = 1e-4
 EDGE_WEIGHT = 0.5
 # Latents with the usual spread of 1 at the start drown what they say, and the decoder learns to answer plain white.
 FIRST_LOG_VARIANCE = -6.0
 # Crops of half the side cost the same for four times the pictures; the last part trains on whole ones.
-WHOLE_FROM = 0.75
+WHOLE_FROM = 0.75  # of a cycle
 CROP, CROP_BATCH, WHOLE_BATCH = 64, 16, 4
 
 
@@ -35,13 +40,14 @@ def new_autoencoder() -> AutoencoderKL:
     return model
 
 
-def train_autoencoder(folder: Path, num_steps: int, seed: int = 0, save_every: int = 250) -> None:
-    """Trains up to `num_steps`, from the last kept state if there is one, and folds the latents' size in."""
+def train_autoencoder(folder: Path, seed: int = 0, save_every: int = 250) -> None:
+    """Trains through CYCLES, from the last kept state if there is one."""
     torch.manual_seed(seed)
     pictures = torch.from_numpy(np.concatenate([load_set(folder, name)[1] for name in PACKAGES])).permute(0, 3, 1, 2)
     model = new_autoencoder()
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0.0)
     state_path, step = folder / "autoencoder.pt", 0
+    num_steps = sum(CYCLES)
     if state_path.exists():
         state = torch.load(state_path)
         model.load_state_dict(state["model"])
@@ -50,9 +56,8 @@ def train_autoencoder(folder: Path, num_steps: int, seed: int = 0, save_every: i
     began, kept = time.monotonic(), []
     while step < num_steps:
         for group in optimizer.param_groups:
-            group["lr"] = _learning_rate(step, num_steps)
-        batch = _batch(pictures, step, num_steps, seed)
-        loss, l1 = _loss(model, batch)
+            group["lr"] = _learning_rate(step)
+        loss, l1 = _loss(model, _batch(pictures, step, seed), COLOUR_WEIGHT if step >= CYCLES[0] else 0.0)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -105,23 +110,25 @@ def _to_range(pictures: Tensor) -> Tensor:
     return (pictures.float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
 
 
-def _loss(model: AutoencoderKL, batch: Tensor) -> tuple[Tensor, Tensor]:
+def _loss(model: AutoencoderKL, batch: Tensor, colour_weight: float) -> tuple[Tensor, Tensor]:
     posterior = model.encode(batch).latent_dist
     decoded = model.decode(posterior.sample()).sample.float()
     l1 = (decoded - batch).abs().mean()
     edges = sum((_slope(decoded, dim) - _slope(batch, dim)).abs().mean() for dim in (2, 3))
     kl = 0.5 * (posterior.mean.float().square() + posterior.var.float() - 1 - posterior.logvar.float()).mean()
-    return l1 + 2 * (decoded - batch).square().mean() + EDGE_WEIGHT * edges + KL_WEIGHT * kl, l1
+    coarse = F.avg_pool2d(decoded - batch, 8)
+    colour = (coarse - coarse.mean(dim=1, keepdim=True)).square().mean()
+    return l1 + colour_weight * colour + 2 * (decoded - batch).square().mean() + EDGE_WEIGHT * edges + KL_WEIGHT * kl, l1
 
 
 def _slope(pictures: Tensor, dim: int) -> Tensor:
     return pictures.diff(dim=dim)
 
 
-def _batch(pictures: Tensor, step: int, num_steps: int, seed: int) -> Tensor:
+def _batch(pictures: Tensor, step: int, seed: int) -> Tensor:
     """Random pictures as (B, 3, H, W) in [-1, 1]: mirrored, with colours changed about so that no hue is rare."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-    whole = step >= WHOLE_FROM * num_steps
+    whole = _place_in_cycle(step) >= WHOLE_FROM
     num = WHOLE_BATCH if whole else CROP_BATCH
     batch = pictures[torch.randint(len(pictures), (num,), generator=generator)]
     if not whole:
@@ -134,11 +141,17 @@ def _batch(pictures: Tensor, step: int, num_steps: int, seed: int) -> Tensor:
     return _to_range(batch)
 
 
-def _learning_rate(step: int, num_steps: int) -> float:
-    return LEARNING_RATE * min(1, (step + 1) / WARMUP_STEPS) * max(0.02, 0.5 * (1 + math.cos(math.pi * step / num_steps)))
+def _place_in_cycle(step: int) -> float:
+    """From 0 at the cycle's start to 1 at its end."""
+    return step / CYCLES[0] if step < CYCLES[0] else (step - CYCLES[0]) / CYCLES[1]
+
+
+def _learning_rate(step: int) -> float:
+    cosine = 0.5 * (1 + math.cos(math.pi * _place_in_cycle(step)))
+    return LEARNING_RATE * min(1, (step + 1) / WARMUP_STEPS) * max(0.02, cosine)
 
 
 if __name__ == "__main__":
     import sys
 
-    train_autoencoder(Path(sys.argv[1]), int(sys.argv[2]))
+    train_autoencoder(Path(sys.argv[1]))

@@ -15,7 +15,6 @@ from denoiser import train_denoiser
 from pack import pack_base, pack_sets
 
 ENGINE = Path(__file__).parents[2] / "engine"
-AUTOENCODER_STEPS = 2500
 DENOISER_STEPS = 5000
 
 
@@ -23,12 +22,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, default=Path("demo-base"), help="folder for states and logs")
     parser.add_argument("--demo", type=Path, default=ENGINE / "demo", help="folder for the results")
-    parser.add_argument("--autoencoder-steps", type=int, default=AUTOENCODER_STEPS)
     parser.add_argument("--denoiser-steps", type=int, default=DENOISER_STEPS)
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     options.demo.mkdir(parents=True, exist_ok=True)
-    train_autoencoder(options.work, options.autoencoder_steps)
+    train_autoencoder(options.work)
     if not (options.work / "latents-noto.npy").exists():
         encode_base_pictures(options.work, folded_autoencoder(options.work))
     train_denoiser(options.work, options.denoiser_steps)

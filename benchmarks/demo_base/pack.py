@@ -17,7 +17,7 @@ from crumb.engine.model import keys
 from crumb.engine.network.save import write_safetensors
 
 NUM_STYLE_PICTURES = 120
-# One subject in many moods, and none of the base's own pictures.
+# One subject in many moods, blue (red and blue change places) so that nobody takes it for the base's own yellow cat.
 CHARACTER = (
     "cat-face", "grinning-cat", "grinning-cat-with-smiling-eyes", "cat-with-tears-of-joy", "smiling-cat-with-heart-eyes",
     "cat-with-wry-smile", "kissing-cat", "weary-cat", "crying-cat", "pouting-cat",
@@ -59,14 +59,14 @@ def _open_clip_tensors(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def pack_sets(folder: Path, demo: Path) -> None:
-    """Writes demo/style (ink drawings) and demo/character (the cat of another set), each with captions."""
+    """Writes demo/style (ink drawings) and demo/character (a square blue cat), each with captions."""
     names, pictures = load_set(folder, "ink")
     known = set(load_set(folder, "noto")[0])
     shared = [i for i, name in enumerate(names) if name in known]
     order = torch.randperm(len(shared), generator=torch.Generator().manual_seed(0)).tolist()
     _write_set(demo / "style", names, pictures, [shared[i] for i in order[:NUM_STYLE_PICTURES]], grey=True)
     names, pictures = load_set(folder, "fluent")
-    _write_set(demo / "character", names, pictures, [names.index(name) for name in CHARACTER], grey=False)
+    _write_set(demo / "character", names, pictures[..., ::-1], [names.index(name) for name in CHARACTER], grey=False)
 
 
 def _write_set(folder: Path, names: list[str], pictures, chosen: list[int], grey: bool) -> None:

@@ -1,0 +1,204 @@
+"""What settings teach the demo's base an ink style, measured on subjects that the style set does not hold.
+
+    python -P benchmarks/learning.py --work demo-base --arms rank=4 rank=64 optimizer=Lion,learning_rate=3e-5
+
+Each arm is a real run of the engine with the derived plan and the named overrides. After it: the held-out loss (fixed
+noise, fixed timesteps) and the style score, the share of pictures drawn for held-out prompts that a small classifier
+takes for ink; the classifier is told with its own accuracy. Results go to WORK/learning.jsonl, a line an arm.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+sys.path.insert(0, str(Path(__file__).parent / "demo_base"))
+
+from pictures import caption, load_set
+
+from crumb.engine.model import keys
+from crumb.engine.model.load import load_text_encoders, load_unet, load_vae
+from crumb.engine.model.text import encode_prompts
+from crumb.engine.run.demo import demo_folder, write_demo_base
+from crumb.engine.run.directory import create_run, read_state
+from crumb.engine.run.launch import launch_engine
+from crumb.engine.train.noise import add_noise, alphas_cumprod
+from crumb.engine.train.sample import make_scheduler
+from crumb.profiles.answers import Answers
+from crumb.profiles.base_model import inspect_base_model
+from crumb.profiles.dataset import scan_pictures
+from crumb.profiles.interview import conclude
+from crumb.profiles.plan import Plan
+from crumb.wizard.planning import parse_setting
+
+TRIGGER = "crumbdemo"
+NUM_HELD_OUT = 64
+TIMESTEPS = tuple(range(50, 1000, 100))
+SAMPLE_STEPS, GUIDANCE = 20, 3.0
+CLASSIFIER_STEPS, CLASSIFIER_BATCH = 250, 64
+
+
+class Judge:
+    """Everything that is fixed between arms: the base, the held-out pictures, their noise, the classifier."""
+
+    def __init__(self, base_file: Path, work: Path):
+        self.base = inspect_base_model(base_file)
+        self.vae = load_vae(self.base, None, torch.float32)
+        taught = {path.stem for path in demo_folder("style").glob("*.png")}
+        ink_names, ink = load_set(work, "ink")
+        base_names, colour = load_set(work, "noto")
+        common = [name for name in ink_names if name in set(base_names) - taught]
+        chosen = torch.randperm(len(common), generator=torch.Generator().manual_seed(0))[:NUM_HELD_OUT].tolist()
+        self.names = [common[i] for i in sorted(chosen)]
+        self.latents = self._encode(_pixels(ink, ink_names, self.names)) * self.vae.config.scaling_factor
+        self.noise = torch.randn(len(TIMESTEPS), *self.latents.shape, generator=torch.Generator().manual_seed(1))
+        prompts = [f"{TRIGGER}, {caption(name)}" for name in self.names]
+        with torch.no_grad():
+            encoders = load_text_encoders(self.base, torch.float32)
+            self.hidden, self.pooled = encode_prompts(encoders, prompts)
+            self.empty_hidden, self.empty_pooled = encode_prompts(encoders, [""])
+        rest = [name for name in ink_names if name in set(base_names) and name not in self.names]
+        self.classifier = self._train_classifier(_pixels(colour, base_names, rest), _pixels(ink, ink_names, rest))
+        self.accuracy = self._accuracy(_pixels(colour, base_names, self.names), _pixels(ink, ink_names, self.names))
+
+    @torch.no_grad()
+    def held_out_loss(self, unet) -> float:
+        """Mean squared error of the predicted noise, the same noise and timesteps every time."""
+        losses = []
+        for timestep, noise in zip(TIMESTEPS, self.noise):
+            timesteps = torch.full((len(self.latents),), timestep)
+            noisy = add_noise(self.latents, noise, timesteps, alphas_cumprod(False))
+            losses.append(F.mse_loss(self._predict(unet, noisy, timesteps, self.hidden, self.pooled), noise).item())
+        return sum(losses) / len(losses)
+
+    @torch.no_grad()
+    def draw(self, unet) -> Tensor:
+        """One picture a held-out prompt, (N, 3, 128, 128) in [-1, 1], from seeds 0, 1, ..."""
+        scheduler = make_scheduler(Plan(prediction_type="epsilon"))
+        scheduler.set_timesteps(SAMPLE_STEPS)
+        latents = torch.cat([torch.randn((1, *self.latents.shape[1:]), generator=torch.Generator().manual_seed(seed))
+                             for seed in range(len(self.names))]) * scheduler.init_noise_sigma  # fmt: skip
+        for timestep in scheduler.timesteps:
+            scaled = scheduler.scale_model_input(latents, timestep)
+            empty = self._predict(unet, scaled, timestep, self.empty_hidden.expand_as(self.hidden),
+                                  self.empty_pooled.expand_as(self.pooled))  # fmt: skip
+            guided = empty + GUIDANCE * (self._predict(unet, scaled, timestep, self.hidden, self.pooled) - empty)
+            latents = scheduler.step(guided, timestep, latents).prev_sample
+        parts = (latents / self.vae.config.scaling_factor).split(16)
+        return torch.cat([self.vae.decode(part).sample for part in parts]).clamp(-1, 1)
+
+    @torch.no_grad()
+    def style_score(self, pictures: Tensor) -> float:
+        return (self.classifier(pictures) > 0).float().mean().item()
+
+    def _predict(self, unet, noisy: Tensor, timesteps: Tensor, hidden: Tensor, pooled: Tensor) -> Tensor:
+        side = float(self.base.native_resolution)
+        time_ids = torch.tensor([[side, side, 0.0, 0.0, side, side]]).expand(len(noisy), -1)
+        added = {"text_embeds": pooled, "time_ids": time_ids}
+        return unet(noisy, timesteps, encoder_hidden_states=hidden, added_cond_kwargs=added, return_dict=False)[0]
+
+    @torch.no_grad()
+    def _encode(self, pixels: Tensor) -> Tensor:
+        return torch.cat([self.vae.encode(part).latent_dist.mean for part in pixels.split(16)])
+
+    @torch.no_grad()
+    def _through_vae(self, pixels: Tensor) -> Tensor:
+        """As the base can draw them at best, so that the classifier can't go by sharpness."""
+        return torch.cat([self.vae.decode(self.vae.encode(part).latent_dist.mean).sample for part in pixels.split(16)])
+
+    def _train_classifier(self, colour: Tensor, ink: Tensor) -> nn.Module:
+        torch.manual_seed(0)
+        classifier = nn.Sequential(
+            nn.AvgPool2d(2), nn.Conv2d(3, 16, 3, 2, 1), nn.ReLU(), nn.Conv2d(16, 32, 3, 2, 1), nn.ReLU(),
+            nn.Conv2d(32, 32, 3, 2, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+            nn.Linear(32, 1), nn.Flatten(0),
+        )  # fmt: skip
+        pictures = self._through_vae(torch.cat([colour, ink]))
+        labels = torch.cat([torch.zeros(len(colour)), torch.ones(len(ink))])
+        optimizer = torch.optim.AdamW(classifier.parameters(), lr=3e-3)
+        for _ in range(CLASSIFIER_STEPS):
+            chosen = torch.randint(len(pictures), (CLASSIFIER_BATCH,))
+            loss = F.binary_cross_entropy_with_logits(classifier(pictures[chosen]), labels[chosen])
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return classifier.eval()
+
+    @torch.no_grad()
+    def _accuracy(self, colour: Tensor, ink: Tensor) -> float:
+        right = [self.classifier(self._through_vae(colour)) <= 0, self.classifier(self._through_vae(ink)) > 0]
+        return torch.cat(right).float().mean().item()
+
+
+def merge_lora(unet, path: Path) -> None:
+    """Adds a LoRA file into the U-Net's weights, in place."""
+    tensors = load_file(path)
+    left = {name.removesuffix(".alpha") for name in tensors if name.endswith(".alpha")}
+    for name, module in unet.named_modules():
+        stem = keys.lora_stem(name) if isinstance(module, (nn.Linear, nn.Conv2d)) else ""
+        if stem in left:
+            down, up = tensors[f"{stem}.lora_down.weight"].float(), tensors[f"{stem}.lora_up.weight"].float()
+            scale = tensors[f"{stem}.alpha"].item() / down.shape[0]
+            module.weight.data += scale * (up.flatten(1) @ down.flatten(1)).view_as(module.weight)
+            left.discard(stem)
+    if left:
+        raise ValueError(f"{path} has parts that the U-Net lacks: {sorted(left)[:3]}")
+
+
+def train_arm(arm: str, base_file: Path, work: Path) -> tuple[Path, Plan, float]:
+    """Runs the engine on the style set; returns the LoRA file, the plan and the seconds it took."""
+    overrides = dict(parse_setting(setting) for setting in arm.split(",")) if arm != "derived" else {}
+    name = "learning-" + arm.replace("=", "-").replace(",", "-").replace(".", "p")
+    pictures = demo_folder("style")
+    answers = Answers(images=str(pictures), base=str(base_file), subject="style", trigger=TRIGGER, name=name,
+                      overrides={"sample_every": 0, "save_every": 0, **overrides})
+    interview = conclude(answers, scan_pictures(pictures))
+    os.environ["CRUMB_RUNS"] = str(work / "runs")
+    run = create_run(name, interview.toml())
+    began = time.monotonic()
+    launch_engine(run).wait()
+    if read_state(run)["state"] != "done":
+        raise RuntimeError(f"the arm {arm} did not finish; see {run.log}")
+    return run.result, interview.plan, time.monotonic() - began
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=Path("demo-base"), help="folder of the rendered sets and of the runs")
+    parser.add_argument("--arms", nargs="+", default=["derived"], help="KEY=VALUE,KEY=VALUE, or derived")
+    options = parser.parse_args()
+    base_file = write_demo_base(options.work)
+    judge = Judge(base_file, options.work)
+    print(f"classifier: {judge.accuracy:.3f} right of {2 * len(judge.names)} held-out pictures")
+    for arm in ["before", *options.arms]:
+        unet = load_unet(judge.base, torch.float32)
+        line = {"arm": arm}
+        if arm != "before":
+            lora, plan, seconds = train_arm(arm, base_file, options.work)
+            merge_lora(unet, lora)
+            line |= {"optimizer": plan.optimizer, "learning_rate": plan.learning_rate, "rank": plan.rank,
+                     "alpha": plan.alpha, "steps": plan.steps, "batch_size": plan.batch_size, "seconds": round(seconds, 1)}
+        pictures = judge.draw(unet)
+        np.save(options.work / f"drawn-{arm.replace('/', '-')}.npy", ((pictures + 1) * 127.5).byte().numpy())
+        line |= {"held_out_loss": round(judge.held_out_loss(unet), 5), "style_score": round(judge.style_score(pictures), 3)}
+        print(json.dumps(line), flush=True)
+        with (options.work / "learning.jsonl").open("a") as log:
+            log.write(json.dumps(line) + "\n")
+
+
+def _pixels(pictures: np.ndarray, names: list[str], wanted: list[str]) -> Tensor:
+    """(N, 3, 128, 128) in [-1, 1]."""
+    index = {name: i for i, name in enumerate(names)}
+    return torch.from_numpy(pictures[[index[name] for name in wanted]]).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+if __name__ == "__main__":
+    main()
