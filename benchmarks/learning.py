@@ -82,7 +82,8 @@ class Judge:
     @torch.no_grad()
     def draw(self, unet) -> Tensor:
         """One picture a held-out prompt, (N, 3, 128, 128) in [-1, 1], from seeds 0, 1, ..."""
-        scheduler = make_scheduler(Plan(prediction_type="epsilon"))
+        created = "2026-01-01T00:00:00+00:00"
+        scheduler = make_scheduler(Plan(name="", created=created, base_model="", images="", prediction_type="epsilon"))
         scheduler.set_timesteps(SAMPLE_STEPS)
         latents = torch.cat([torch.randn((1, *self.latents.shape[1:]), generator=torch.Generator().manual_seed(seed))
                              for seed in range(len(self.names))]) * scheduler.init_noise_sigma  # fmt: skip

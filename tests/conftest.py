@@ -4,7 +4,6 @@ import os
 import shutil
 import subprocess
 import sys
-from importlib.resources import files
 from pathlib import Path
 
 import pytest
@@ -39,9 +38,9 @@ def tiny_base(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def photographs(tmp_path_factory) -> Path:
-    """The demo's six photographs with captions, as a folder of their own."""
+    """Six photographs with captions, as a folder of their own (tests/photographs/SOURCES.md: whose they are)."""
     folder = tmp_path_factory.mktemp("photographs")
-    for file in (files("crumb.engine") / "demo" / "pictures").iterdir():
-        if file.name.endswith((".jpg", ".txt")):
-            shutil.copy(str(file), folder / file.name)
+    for file in (Path(__file__).parent / "photographs").iterdir():
+        if file.suffix in (".jpg", ".txt"):
+            shutil.copy(file, folder)
     return folder

@@ -38,7 +38,9 @@ def test_wheel_holds_code_and_data_under_one_namespace(tmp_path):
         target.write_bytes((ROOT / name).read_bytes())
     subprocess.run([sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index",
                     "-w", str(tmp_path), str(tmp_path / "source")], check=True)
-    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
+    path = next(tmp_path.glob("*.whl"))
+    assert path.stat().st_size < 30_000_000, path.stat().st_size
+    with zipfile.ZipFile(path) as wheel:
         names = set(wheel.namelist())
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"crumb"}
     expected = {f"crumb/{name}" for name in files if name.startswith(ROOMS)}

@@ -90,10 +90,11 @@ def _add_plan(add) -> None:
 
 
 def _add_training(add) -> None:
-    demo = add("demo", "train for real on a tiny made-up base and packaged pictures, in minutes, GPU or not",
-               "crumb demo --steps 40", module="demo")
-    demo.add_argument("--steps", metavar="N", help="optimizer steps (default: derived, about two minutes)")
-    demo.add_argument("--subject", choices=SUBJECTS, default="style", help="plan as for this (default: %(default)s)")
+    demo = add("demo", "train for real on a small packaged base and packaged pictures, in minutes, GPU or not",
+               "crumb demo --subject character", module="demo")
+    demo.add_argument("--steps", metavar="N", help="optimizer steps (default: about two minutes' worth)")
+    demo.add_argument("--subject", choices=("style", "character"), default="style",
+                      help="what it learns (default: %(default)s)")
     train = add("train", "train a plan and watch it", "crumb train plan.toml --detach")
     train.add_argument("plan", metavar="PLAN.toml", help="plan file, as `crumb plan` writes it")
     resume = add("resume", "go on with a stopped, failed or lost run from its last checkpoint", "crumb resume ohwx")

@@ -15,7 +15,7 @@ from denoiser import train_denoiser
 from pack import pack_base, pack_sets
 
 ENGINE = Path(__file__).parents[2] / "engine"
-DENOISER_STEPS = 5000
+DENOISER_STEPS = 3800
 
 
 def main() -> None:

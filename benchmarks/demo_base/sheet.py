@@ -20,6 +20,7 @@ PROMPTS = (
     "red heart", "grinning face", "crown", "banana", "soccer ball", "christmas tree", "rocket", "penguin",
 )  # fmt: skip
 COLUMNS = 8
+CREATED = "2026-01-01T00:00:00+00:00"
 LABEL = 18
 
 
@@ -27,8 +28,8 @@ LABEL = 18
 def draw(base_file: Path, prompts: tuple[str, ...], steps: int = 25, guidance: float = 3.0) -> list[Image.Image]:
     """One picture a prompt, seeds 0, 1, ...; fp32 on the CPU."""
     base = inspect_base_model(base_file)
-    plan = Plan(resolution=base.native_resolution, sample_steps=steps, sample_guidance=guidance, device="cpu",
-                mixed_precision="no")
+    plan = Plan(name="sheet", created=CREATED, base_model=str(base_file), images="", resolution=base.native_resolution,
+                sample_steps=steps, sample_guidance=guidance, device="cpu", mixed_precision="no")
     placement = choose_placement(plan)
     encoders, unet = load_text_encoders(base, torch.float32), load_unet(base, torch.float32)
     vae = load_vae(base, None, torch.float32)

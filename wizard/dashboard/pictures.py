@@ -3,6 +3,7 @@
 Apart from the view because it opens files and needs Pillow, which is loaded only here.
 """
 
+import sys
 from pathlib import Path
 
 from rich.color import Color
@@ -12,6 +13,8 @@ from rich.table import Table
 from rich.text import Text
 
 from crumb.wizard.dashboard.state import clean
+
+SHEET_GAP = 6
 
 
 def half_blocks(path: Path, width_cells: int, max_lines: int | None = None) -> Text:
@@ -42,24 +45,63 @@ def can_show_pictures(console: Console, ascii: bool = False) -> bool:
             and console.encoding.startswith("utf"))
 
 
-def before_after(before: Path, after: Path, width: int, ascii: bool = False) -> RenderableType:
-    """Two pictures side by side in `width` cells, or their paths where the console can't show them."""
-    return _BeforeAfter(before, after, width, ascii)
+def before_after(columns: list[tuple[str, Path, Path]], width: int, ascii: bool = False) -> RenderableType:
+    """Columns of (label, picture before, picture after), or their paths where the console can't show pictures."""
+    return _BeforeAfter(columns, width, ascii)
 
 
 class _BeforeAfter:
     """Chooses pictures or paths when it is printed, as only then the console is known."""
 
-    def __init__(self, before: Path, after: Path, width: int, ascii: bool):
-        self.before, self.after, self.width, self.ascii = before, after, width, ascii
+    def __init__(self, columns: list[tuple[str, Path, Path]], width: int, ascii: bool):
+        self.columns, self.width, self.ascii = columns, width, ascii
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         if not can_show_pictures(console, self.ascii):
-            yield Text(f"before: {clean(self.before)}", no_wrap=True, overflow="fold")
-            yield Text(f"after:  {clean(self.after)}", no_wrap=True, overflow="fold")
+            for label, before, after in self.columns:
+                yield Text(f"{clean(label)}\n  before: {clean(before)}\n  after:  {clean(after)}", no_wrap=True,
+                           overflow="fold")
             return
-        each = max(4, (min(self.width, options.max_width) - 2) // 2)
+        gaps = 2 * (len(self.columns) - 1)
+        each = max(4, (min(self.width, options.max_width) - gaps) // len(self.columns))
         table = Table.grid(padding=(0, 2, 0, 0), pad_edge=False)
-        table.add_row(Text("before", style="bold"), Text("after", style="bold"))
-        table.add_row(half_blocks(self.before, each), half_blocks(self.after, each))
+        table.add_row(*(Text(clean(label), style="bold") for label, _, _ in self.columns))
+        table.add_row(*(half_blocks(before, each) for _, before, _ in self.columns))
+        table.add_row(*(half_blocks(after, each) for _, _, after in self.columns))
         yield table
+
+
+def save_before_after(columns: list[tuple[str, Path, Path]], path: Path) -> None:
+    """The same as one PNG: before in the upper row, after in the lower, each prompt above its column."""
+    from PIL import Image, ImageDraw
+
+    pictures = [[_opened(before), _opened(after)] for _, before, after in columns]
+    side = max(picture.width for pair in pictures for picture in pair)
+    line = 20
+    sheet = Image.new("RGB", (len(columns) * (side + SHEET_GAP) + SHEET_GAP, 2 * (side + SHEET_GAP) + line), "white")
+    draw = ImageDraw.Draw(sheet)
+    for column, ((label, _, _), pair) in enumerate(zip(columns, pictures)):
+        left = SHEET_GAP + column * (side + SHEET_GAP)
+        draw.text((left, 4), label, fill="black")
+        for row, picture in enumerate(pair):
+            sheet.paste(picture, (left, line + row * (side + SHEET_GAP)))
+    sheet.save(path)
+
+
+def graphics(path: Path, width_cells: int) -> RenderableType | None:
+    """The picture by sixel or kitty's protocol, in its own pixels; None where the terminal has neither."""
+    if not sys.stdout.isatty() or not sys.stdin.isatty():
+        return None
+    try:
+        # The import asks the terminal what it can do.
+        from textual_image.renderable import Image, SixelImage, TGPImage
+    except (ImportError, OSError):
+        return None
+    return Image(path, width=width_cells) if Image in (SixelImage, TGPImage) else None
+
+
+def _opened(path: Path):
+    from PIL import Image
+
+    with Image.open(path) as picture:
+        return picture.convert("RGB")

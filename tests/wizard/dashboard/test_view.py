@@ -108,6 +108,6 @@ def test_pictures_have_the_right_colours_and_give_way_to_their_path(tmp_path):
     for color, ascii, drawn in (("truecolor", False, True), ("truecolor", True, False), (None, False, False)):
         console = Console(width=300, file=io.StringIO(), force_terminal=color is not None, color_system=color)
         console.no_color = False
-        console.print(before_after(tmp_path / "a.png", tmp_path / "a.png", 40, ascii=ascii))
+        console.print(before_after([("cat", tmp_path / "a.png", tmp_path / "a.png")] * 2, 40, ascii=ascii))
         shown = console.file.getvalue()
         assert ("▀" in shown) is drawn and (str(tmp_path / "a.png") in shown) is not drawn
