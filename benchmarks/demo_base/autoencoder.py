@@ -4,15 +4,14 @@ Resumable: `autoencoder.pt` holds the whole state. At the end the latents' mean 
 post_quant_conv, so that SDXL's factor 0.13025 gives latents of mean 0 and variance 1.
 """
 
-import json
 import math
-import time
 from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from pictures import PACKAGES, load_set
+from progress import Log, save_state
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -53,7 +52,7 @@ def train_autoencoder(folder: Path, seed: int = 0, save_every: int = 250) -> Non
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         step = state["step"]
-    began, kept = time.monotonic(), []
+    log = Log(folder / "autoencoder.jsonl", "l1", 50)
     while step < num_steps:
         for group in optimizer.param_groups:
             group["lr"] = _learning_rate(step)
@@ -63,16 +62,9 @@ def train_autoencoder(folder: Path, seed: int = 0, save_every: int = 250) -> Non
         optimizer.step()
         optimizer.zero_grad()
         step += 1
-        kept.append(l1.item())
-        if step % 50 == 0:
-            line = {"step": step, "l1": round(sum(kept) / len(kept), 5), "seconds": round(time.monotonic() - began, 1)}
-            kept.clear()
-            with (folder / "autoencoder.jsonl").open("a") as log:
-                log.write(json.dumps(line) + "\n")
+        log.add(step, l1.item())
         if step % save_every == 0 or step == num_steps:
-            scratch = state_path.with_suffix(".partial")
-            torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}, scratch)
-            scratch.replace(state_path)
+            save_state(state_path, {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step})
 
 
 def folded_autoencoder(folder: Path) -> AutoencoderKL:
@@ -93,11 +85,10 @@ def folded_autoencoder(folder: Path) -> AutoencoderKL:
     return model.eval()
 
 
-def encode_base_pictures(folder: Path, model: AutoencoderKL, names: tuple[str, ...] = ("noto",)) -> None:
-    """Writes the scaled latents' means, (N, 4, 16, 16) fp32, of each set to latents-NAME.npy."""
-    for name in names:
-        pictures = torch.from_numpy(load_set(folder, name)[1]).permute(0, 3, 1, 2)
-        np.save(folder / f"latents-{name}.npy", (_means(model, pictures) * VAE_SCALING_FACTOR).numpy())
+def encode_base_pictures(folder: Path, model: AutoencoderKL) -> None:
+    """Writes the scaled latents' means, (N, 4, 16, 16) fp32, to latents-noto.npy."""
+    pictures = torch.from_numpy(load_set(folder, "noto")[1]).permute(0, 3, 1, 2)
+    np.save(folder / "latents-noto.npy", (_means(model, pictures) * VAE_SCALING_FACTOR).numpy())
 
 
 @torch.no_grad()
@@ -114,15 +105,11 @@ def _loss(model: AutoencoderKL, batch: Tensor, colour_weight: float) -> tuple[Te
     posterior = model.encode(batch).latent_dist
     decoded = model.decode(posterior.sample()).sample.float()
     l1 = (decoded - batch).abs().mean()
-    edges = sum((_slope(decoded, dim) - _slope(batch, dim)).abs().mean() for dim in (2, 3))
+    edges = sum((decoded.diff(dim=dim) - batch.diff(dim=dim)).abs().mean() for dim in (2, 3))
     kl = 0.5 * (posterior.mean.float().square() + posterior.var.float() - 1 - posterior.logvar.float()).mean()
     coarse = F.avg_pool2d(decoded - batch, 8)
     colour = (coarse - coarse.mean(dim=1, keepdim=True)).square().mean()
     return l1 + colour_weight * colour + 2 * (decoded - batch).square().mean() + EDGE_WEIGHT * edges + KL_WEIGHT * kl, l1
-
-
-def _slope(pictures: Tensor, dim: int) -> Tensor:
-    return pictures.diff(dim=dim)
 
 
 def _batch(pictures: Tensor, step: int, seed: int) -> Tensor:

@@ -4,22 +4,21 @@ Resumable: `denoiser.pt` holds the whole state. eps-prediction on SDXL's noise s
 exponential average of the weights as the result.
 """
 
-import json
 import math
-import time
 from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers import UNet2DConditionModel
 from pictures import caption, load_set
+from progress import Log, save_state
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from crumb.engine.model.config import BOS_TOKEN_ID, EOS_TOKEN_ID, NUM_TIME_IDS, make_text_encoder_config, make_unet_config
 from crumb.engine.model.tokenizer import NUM_POSITIONS, make_tokenizers
-from crumb.engine.train.noise import alphas_cumprod
+from crumb.engine.train.noise import add_noise, alphas_cumprod
 
 WIDTHS, DEPTHS = (64, 64, 128), (0, 1, 1)
 TEXT_WIDTH, TEXT_LAYERS, PROJECTION_DIM, TIME_EMBED_DIM = 64, 3, 64, 32
@@ -101,7 +100,7 @@ def train_denoiser(folder: Path, num_steps: int, seed: int = 0, save_every: int 
         average, step = state["average"], state["step"]
     alphas = alphas_cumprod(zero_terminal_snr=False)
     unet = _compiled(model, latents, tokens, alphas)
-    began, kept = time.monotonic(), []
+    log = Log(folder / "denoiser.jsonl", "loss", 100)
     while step < num_steps:
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * learning_rate_factor(step, num_steps)
@@ -113,17 +112,10 @@ def train_denoiser(folder: Path, num_steps: int, seed: int = 0, save_every: int 
         optimizer.zero_grad()
         torch._foreach_lerp_(average, list(model.parameters()), 1 - min(EMA_DECAY, (1 + step) / (10 + step)))
         step += 1
-        kept.append(loss.item())
-        if step % 100 == 0:
-            line = {"step": step, "loss": round(sum(kept) / len(kept), 5), "seconds": round(time.monotonic() - began, 1)}
-            kept.clear()
-            with (folder / "denoiser.jsonl").open("a") as log:
-                log.write(json.dumps(line) + "\n")
+        log.add(step, loss.item())
         if step % save_every == 0 or step == num_steps:
-            scratch = state_path.with_suffix(".partial")
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "average": average, "step": step}
-            torch.save(state, scratch)
-            scratch.replace(state_path)
+            save_state(state_path, state)
 
 
 def _compiled(model: DemoBase, latents: Tensor, tokens: tuple[Tensor, Tensor], alphas: Tensor):
@@ -161,8 +153,7 @@ def _loss(model: DemoBase, unet, latents: Tensor, tokens: tuple[Tensor, Tensor],
     clean = latents[chosen]
     noise = torch.randn(clean.shape, generator=generator)
     timesteps = torch.randint(len(alphas), (BATCH,), generator=generator)
-    alpha = alphas[timesteps].view(-1, 1, 1, 1)
-    noisy = (alpha.sqrt() * clean + (1 - alpha).sqrt() * noise).contiguous(memory_format=torch.channels_last)
+    noisy = add_noise(clean, noise, timesteps, alphas).contiguous(memory_format=torch.channels_last)
     empty = torch.rand(BATCH, generator=generator) < CAPTION_DROPOUT
     captions = torch.where(empty, len(latents), chosen)
     ids, ids_2 = _with_strange_words(tokens[0][captions], tokens[1][captions], generator)
@@ -170,7 +161,7 @@ def _loss(model: DemoBase, unet, latents: Tensor, tokens: tuple[Tensor, Tensor],
         hidden, pooled = model.conditioning(ids, ids_2)
         added = {"text_embeds": pooled, "time_ids": torch.tensor([[128.0, 128.0, 0.0, 0.0, 128.0, 128.0]]).expand(BATCH, -1)}
         predicted = unet(noisy, timesteps, encoder_hidden_states=hidden, added_cond_kwargs=added, return_dict=False)[0]
-    snr = alpha.flatten() / (1 - alpha.flatten())
+    snr = alphas[timesteps] / (1 - alphas[timesteps])
     weights = snr.clamp(max=MIN_SNR_GAMMA) / snr
     return ((predicted.float() - noise).square().mean(dim=(1, 2, 3)) * weights).mean()
 
