@@ -14,6 +14,7 @@ from crumb.profiles.base_model import BaseModel
 from crumb.profiles.buckets import Crop, assign, steps_per_epoch
 from crumb.profiles.dataset import Picture, Scan
 from crumb.profiles.hardware import Gpu
+from crumb.profiles.plan import ADAPTIVE_OPTIMIZERS
 from crumb.profiles.vram import estimate_vram_gib
 
 COUNT_RANGE = {"character": (10, 50), "face": (10, 50), "style": (100, 4000), "concept": (50, 2000)}
@@ -175,22 +176,38 @@ def _derive_optimizer(result: Derivation, base: BaseModel, gpu: Gpu) -> None:
         result.put("optimizer", "Prodigy", "OPT-SDXL", f"suits SDXL and finds the rate itself; {gpu.vram_gib:g} GiB hold it")
     else:
         result.put("optimizer", "AdamW8bit", "OPT-DEFAULT", f"the default; spares memory on {gpu.vram_gib:g} GiB")
-    if result.value("optimizer") == "Prodigy":
-        arguments = {"decouple": True, "weight_decay": 0.01, "d_coef": 2.0, "use_bias_correction": True,
-                     "safeguard_warmup": False, "betas": [0.9, 0.999]}
-        result.put("optimizer_args", arguments, "OPT-PRODIGY", "the guide's arguments")
-        result.put("learning_rate", 1.0, "SCHED-PRODIGY", "Prodigy finds the rate; 1 leaves it alone")
-        result.put("scheduler", "constant", "SCHED-PRODIGY", "Prodigy runs well with constant")
-    else:
-        result.put("optimizer_args", {"weight_decay": 0.01}, "OPT-DEFAULT", "the usual weight decay")
-        if base.num_unet_parameters > FULL_MODEL_PARAMETERS:
-            result.put("learning_rate", 1e-4, "LR", "the usual rate for SDXL; times alpha/rank it is the effective one")
-        else:
-            result.put("learning_rate", SMALL_BASE_RATE, "LR", "this base is narrow: ten times SDXL's usual rate")
-        result.put("scheduler", "constant_with_warmup", "SCHED", "constant after a warm-up, as the guide advises")
+    _derive_rate(result, base, result.value("optimizer"))
     result.put("text_encoder_learning_rate", 0.0, "LR", "the text encoders are not trained")
     result.put("warmup_ratio", 0.1, "WARMUP", "10 % of all steps; only constant_with_warmup uses it")
     result.put("noise_offset", 0.0, "NOISE-OFFSET", "off, the guide's default; 0.05-0.15 helps very dark or bright sets")
+
+
+def _derive_rate(result: Derivation, base: BaseModel, optimizer: str) -> None:
+    """The optimizer's arguments, its rate and how that changes over the run."""
+    if optimizer in ADAPTIVE_OPTIMIZERS:
+        rule = {"Prodigy": "OPT-PRODIGY", "DAdaptAdam": "OPT-DADAPT"}[optimizer]
+        arguments = {"decouple": True, "weight_decay": 0.01, "betas": [0.9, 0.999]}
+        if optimizer == "Prodigy":
+            arguments |= {"d_coef": 2.0, "use_bias_correction": True, "safeguard_warmup": False}
+        result.put("optimizer_args", arguments, rule, "the guide's arguments")
+        result.put("learning_rate", 1.0, rule, f"{optimizer} finds the rate; 1 leaves it alone")
+        result.put("scheduler", "constant", "SCHED-PRODIGY" if optimizer == "Prodigy" else rule,
+                   f"{optimizer} runs well with constant")
+        return
+    result.put("optimizer_args", {} if optimizer == "Adafactor" else {"weight_decay": 0.01}, "OPT-DEFAULT",
+               "Adafactor's own" if optimizer == "Adafactor" else "the usual weight decay")
+    rate, reason = 1e-4, "the usual rate for SDXL; times alpha/rank it is the effective one"
+    if base.num_unet_parameters < FULL_MODEL_PARAMETERS:
+        rate, reason = SMALL_BASE_RATE, "this base is narrow: ten times SDXL's usual rate"
+    if optimizer == "Lion":
+        rate, reason = rate / 5, "a fifth of AdamW's: Lion's steps are all of full size"
+    if optimizer == "Adafactor":
+        reason = "not used: Adafactor adjusts its rate itself"
+    result.put("learning_rate", rate, {"Lion": "OPT-LION", "Adafactor": "OPT-ADAFACTOR"}.get(optimizer, "LR"), reason)
+    if optimizer == "Adafactor":
+        result.put("scheduler", "constant", "OPT-ADAFACTOR", "Adafactor ignores it")
+    else:
+        result.put("scheduler", "constant_with_warmup", "SCHED", "constant after a warm-up, as the guide advises")
 
 
 def _derive_captions(result: Derivation, answers: Answers) -> None:
@@ -268,8 +285,7 @@ def _warn(result: Derivation, answers: Answers, scan: Scan, base: BaseModel, gpu
     if result.value("alpha") > result.value("rank"):
         result.warn("ALPHA-HALF", f"alpha {result.value('alpha'):g} is above rank {result.value('rank')}: permitted, "
                                   f"likely to give an unexpected LoRA.")
-    if result.value("optimizer") == "Prodigy" and result.value("alpha") > result.value("rank") / 2:
-        result.warn("ALPHA-ADAPTIVE", "With Prodigy, alpha works best between 1 and half the rank.")
+    _warn_of_optimizer(result, result.value("optimizer"))
     needed_gib = _needed_gib(result, base, result.value("batch_size"), result.value("gradient_checkpointing"))
     if base.num_unet_parameters > FULL_MODEL_PARAMETERS and 0 < gpu.vram_gib < needed_gib:
         result.warn("COMMON", f"This run needs about {needed_gib:.1f} GiB of VRAM (base in 16 bits) and the card has "
@@ -283,3 +299,14 @@ def _warn(result: Derivation, answers: Answers, scan: Scan, base: BaseModel, gpu
 def class_word_for(answers: Answers) -> str:
     """The class word in use: the person's own, or the usual one of the subject."""
     return answers.class_word or CLASS_WORD[answers.subject]
+
+
+def _warn_of_optimizer(result: Derivation, optimizer: str) -> None:
+    if optimizer in ADAPTIVE_OPTIMIZERS and result.value("alpha") > result.value("rank") / 2:
+        result.warn("ALPHA-ADAPTIVE", f"With {optimizer}, alpha works best between 1 and half the rank.")
+    if optimizer == "DAdaptAdam" and result.value("scheduler") != "constant":
+        result.warn("OPT-DADAPT", "DAdaptAdam's scheduler must be constant: a rate that changes upsets its search.")
+    if optimizer == "Adafactor" and result.value("scheduler") != "constant":
+        result.warn("OPT-ADAFACTOR", "Adafactor adjusts its rate itself: learning_rate and scheduler are ignored.")
+    if optimizer == "Lion":
+        result.warn("OPT-LION", "Lion learns fast, is not fully proven and can add odd elements: AdamW is said to be better.")

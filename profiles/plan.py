@@ -18,20 +18,23 @@ from crumb.profiles.errors import RequestError
 
 PLAN_VERSION = 1
 
-OPTIMIZERS = ("AdamW8bit", "AdamW", "Prodigy")
+OPTIMIZERS = ("AdamW8bit", "AdamW", "Prodigy", "DAdaptAdam", "Adafactor", "Lion")
 OPTIMIZER_ARGS = {
     "AdamW8bit": ("betas", "eps", "weight_decay"),
     "AdamW": ("betas", "eps", "weight_decay", "amsgrad"),
     "Prodigy": ("betas", "beta3", "eps", "weight_decay", "decouple", "use_bias_correction", "safeguard_warmup", "d0", "d_coef",
                 "growth_rate", "slice_p"),
+    "DAdaptAdam": ("betas", "eps", "weight_decay", "decouple", "use_bias_correction", "d0", "growth_rate"),
+    "Adafactor": ("weight_decay", "clip_threshold", "decay_rate", "beta1", "scale_parameter", "relative_step", "warmup_init"),
+    "Lion": ("betas", "weight_decay"),
 }
 """What may stand in optimizer_args; AdamW8bit's suit torch's AdamW too, which may have to stand in."""
 
 SCHEDULERS = ("constant", "constant_with_warmup")
 TARGETS = ("attention", "attention+ff", "attention+ff+conv")
 PRECISIONS = ("no", "fp16", "bf16")
-ADAPTIVE_OPTIMIZERS = ("Prodigy",)
-"""Optimizers that find the learning rate themselves: the rate given to them is a factor, 1 (OPT-PRODIGY)."""
+ADAPTIVE_OPTIMIZERS = ("Prodigy", "DAdaptAdam")
+"""Optimizers that find the learning rate themselves: the rate given to them is a factor, 1 (OPT-PRODIGY, OPT-DADAPT)."""
 
 
 def _setting(section: str, help: str, default: Any = dataclasses.MISSING, *, choices=None, low=None, high=None):
@@ -248,10 +251,10 @@ def _check_together(plan: Plan) -> None:
                            f"with targets = \"attention+ff+conv\", or neither.")
     if plan.optimizer in ADAPTIVE_OPTIMIZERS and plan.learning_rate < 0.1:
         raise RequestError(f"learning_rate is {plan.learning_rate:g} with {plan.optimizer}, which finds the rate itself and "
-                           f"takes this number as a factor. Set learning_rate = 1.0 (guide: OPT-PRODIGY).")
+                           f"takes this number as a factor. Set learning_rate = 1.0 (guide: OPT-PRODIGY, OPT-DADAPT).")
     if plan.optimizer not in ADAPTIVE_OPTIMIZERS and plan.learning_rate > 0.1:
         raise RequestError(f"learning_rate is {plan.learning_rate:g} with {plan.optimizer}; above 0.1 training falls apart. "
-                           f"1e-4 is the usual start (a rate of 1 is for Prodigy).")
+                           f"1e-4 is the usual start (a rate of 1 is for Prodigy and DAdaptAdam).")
     if plan.device == "cpu" and plan.mixed_precision == "fp16":
         raise RequestError("mixed_precision is fp16 with device cpu, which has no fast fp16. Set mixed_precision = \"no\".")
 

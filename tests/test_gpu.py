@@ -10,15 +10,17 @@ import torch
 from crumb.engine.network.verify import verify_lora
 from crumb.engine.run.directory import RunDirectory
 from crumb.engine.run.events import read_events
+from crumb.profiles.plan import ADAPTIVE_OPTIMIZERS
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
 
 @pytest.mark.parametrize(("precision", "optimizer"), [
-    ("bf16", "AdamW8bit"), ("fp16", "AdamW"), ("fp16", "AdamW8bit"), ("bf16", "Prodigy"), ("no", "AdamW")])
+    ("bf16", "AdamW8bit"), ("fp16", "AdamW"), ("fp16", "AdamW8bit"), ("bf16", "Prodigy"), ("no", "AdamW"),
+    ("bf16", "DAdaptAdam"), ("bf16", "Adafactor")])
 def test_the_job_on_a_gpu(tiny_base, photographs, tmp_path, precision, optimizer):
     plan = tmp_path / "plan.toml"
-    rate = "1.0" if optimizer == "Prodigy" else "1e-3"
+    rate = "1.0" if optimizer in ADAPTIVE_OPTIMIZERS else "1e-3"
     settings = {"mixed_precision": precision, "optimizer": optimizer, "learning_rate": rate, "steps": 60, "rank": 8,
                 "gradient_checkpointing": "true", "sample_every": 30, "save_every": 20}
     options = [part for item in settings.items() for part in ("--set", "=".join(map(str, item)))]

@@ -17,15 +17,17 @@ from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from crumb.engine.model.config import BOS_TOKEN_ID, EOS_TOKEN_ID, NUM_TIME_IDS, make_text_encoder_config, make_unet_config
+from crumb.engine.model.load import load_text_encoders, load_unet
 from crumb.engine.model.tokenizer import NUM_POSITIONS, make_tokenizers
 from crumb.engine.train.noise import add_noise, alphas_cumprod
+from crumb.profiles.base_model import inspect_base_model
 
 WIDTHS, DEPTHS = (64, 64, 128), (0, 1, 1)
 TEXT_WIDTH, TEXT_LAYERS, PROJECTION_DIM, TIME_EMBED_DIM = 64, 3, 64, 32
 VOCAB_SIZE = 49408
 # Words that no caption has share this many rows by their token's number.
 NUM_HASHED_ROWS = 64
-BATCH, LEARNING_RATE, WARMUP_STEPS = 32, 1.5e-3, 200
+BATCH, LEARNING_RATE, WARMUP_STEPS = 32, 1e-3, 200
 MIN_SNR_GAMMA = 5.0
 CAPTION_DROPOUT = 0.1
 # How often one to three words from the hashed rows stand in front, as a trigger word will.
@@ -84,12 +86,28 @@ def used_tokens(folder: Path) -> list[int]:
     return sorted(found | {0, BOS_TOKEN_ID, EOS_TOKEN_ID})
 
 
-def train_denoiser(folder: Path, num_steps: int, seed: int = 0, save_every: int = 500) -> None:
-    """Trains up to `num_steps`, from the last kept state if there is one."""
+def load_weights(model: DemoBase, base_file: Path) -> None:
+    """Fills the model from an SDXL file of the same shapes, such as the base that this recipe made before."""
+    base = inspect_base_model(base_file)
+    encoders = load_text_encoders(base, torch.float32)
+    model.unet.load_state_dict(load_unet(base, torch.float32).state_dict())
+    for mine, theirs in ((model.first, encoders.text_encoder), (model.second, encoders.text_encoder_2)):
+        state = theirs.state_dict()
+        name = next(name for name in state if name.endswith("token_embedding.weight"))
+        embedding = mine.get_input_embeddings()
+        rows = torch.empty_like(embedding.weight)
+        rows[embedding.rows] = state[name]
+        mine.load_state_dict(state | {name: rows})
+
+
+def train_denoiser(folder: Path, num_steps: int, start: Path | None = None, seed: int = 0, save_every: int = 500) -> None:
+    """Trains up to `num_steps`, from the last kept state if there is one, else from the weights of `start`."""
     torch.manual_seed(seed)
     latents = torch.from_numpy(np.load(folder / "latents-noto.npy"))
     tokens = tokenize([caption(key) for key in load_set(folder, "noto")[0]] + [""])
     model = DemoBase(used_tokens(folder))
+    if start:
+        load_weights(model, start)
     average = [parameter.detach().clone() for parameter in model.parameters()]
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     state_path, step = folder / "denoiser.pt", 0
@@ -99,13 +117,12 @@ def train_denoiser(folder: Path, num_steps: int, seed: int = 0, save_every: int 
         optimizer.load_state_dict(state["optimizer"])
         average, step = state["average"], state["step"]
     alphas = alphas_cumprod(zero_terminal_snr=False)
-    unet = _compiled(model, latents, tokens, alphas)
     log = Log(folder / "denoiser.jsonl", "loss", 100)
     while step < num_steps:
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * learning_rate_factor(step, num_steps)
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-        loss = _loss(model, unet, latents, tokens, alphas, generator)
+        loss = _loss(model, latents, tokens, alphas, generator)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -116,22 +133,6 @@ def train_denoiser(folder: Path, num_steps: int, seed: int = 0, save_every: int 
         if step % save_every == 0 or step == num_steps:
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "average": average, "step": step}
             save_state(state_path, state)
-
-
-def _compiled(model: DemoBase, latents: Tensor, tokens: tuple[Tensor, Tensor], alphas: Tensor):
-    """The U-Net compiled, if its gradients are those of the plain one; torch 2.13 lost the decoder's of the autoencoder."""
-    compiled = torch.compile(model.unet)
-    gradients = []
-    for unet in (model.unet, compiled):
-        _loss(model, unet, latents, tokens, alphas, torch.Generator().manual_seed(0)).backward()
-        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
-        model.zero_grad()
-    plain, other = gradients
-    total = sum(value.square().sum() for value in plain.values()).sqrt()
-    wrong = [name for name, value in plain.items() if (value - other[name]).norm() > 0.2 * value.norm() + 1e-3 * total]
-    if wrong:
-        print(f"compiled gradients differ in {len(wrong)} of {len(plain)} tensors ({wrong[0]} ...): training uncompiled")
-    return model.unet if wrong else compiled
 
 
 def averaged(folder: Path) -> DemoBase:
@@ -148,7 +149,7 @@ def learning_rate_factor(step: int, num_steps: int) -> float:
     return min(1, (step + 1) / WARMUP_STEPS) * max(0.01, 0.5 * (1 + math.cos(math.pi * step / num_steps)))
 
 
-def _loss(model: DemoBase, unet, latents: Tensor, tokens: tuple[Tensor, Tensor], alphas: Tensor, generator) -> Tensor:
+def _loss(model: DemoBase, latents: Tensor, tokens: tuple[Tensor, Tensor], alphas: Tensor, generator) -> Tensor:
     chosen = torch.randint(len(latents), (BATCH,), generator=generator)
     clean = latents[chosen]
     noise = torch.randn(clean.shape, generator=generator)
@@ -157,10 +158,11 @@ def _loss(model: DemoBase, unet, latents: Tensor, tokens: tuple[Tensor, Tensor],
     empty = torch.rand(BATCH, generator=generator) < CAPTION_DROPOUT
     captions = torch.where(empty, len(latents), chosen)
     ids, ids_2 = _with_strange_words(tokens[0][captions], tokens[1][captions], generator)
-    with torch.autocast("cpu", torch.bfloat16):
+    # Without AMX, bf16 takes three times as long as fp32.
+    with torch.autocast("cpu", torch.bfloat16, enabled=torch.cpu._is_amx_tile_supported()):
         hidden, pooled = model.conditioning(ids, ids_2)
         added = {"text_embeds": pooled, "time_ids": torch.tensor([[128.0, 128.0, 0.0, 0.0, 128.0, 128.0]]).expand(BATCH, -1)}
-        predicted = unet(noisy, timesteps, encoder_hidden_states=hidden, added_cond_kwargs=added, return_dict=False)[0]
+        predicted = model.unet(noisy, timesteps, encoder_hidden_states=hidden, added_cond_kwargs=added, return_dict=False)[0]
     snr = alphas[timesteps] / (1 - alphas[timesteps])
     weights = snr.clamp(max=MIN_SNR_GAMMA) / snr
     return ((predicted.float() - noise).square().mean(dim=(1, 2, 3)) * weights).mean()

@@ -7,12 +7,17 @@ import argparse
 import sys
 from pathlib import Path
 
+import torch
+
 # `python -P` leaves this folder off the path, which keeps the project's own `kernels` from hiding another package.
 sys.path.insert(0, str(Path(__file__).parent))
 
 from autoencoder import encode_base_pictures, folded_autoencoder, train_autoencoder
 from denoiser import train_denoiser
 from pack import pack_base, pack_sets
+
+from crumb.engine.model.load import load_vae
+from crumb.profiles.base_model import inspect_base_model
 
 ENGINE = Path(__file__).parents[2] / "engine"
 DENOISER_STEPS = 3800
@@ -23,14 +28,19 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("demo-base"), help="folder for states and logs")
     parser.add_argument("--demo", type=Path, default=ENGINE / "demo", help="folder for the results")
     parser.add_argument("--denoiser-steps", type=int, default=DENOISER_STEPS)
+    parser.add_argument("--start", type=Path, help="an SDXL file of this recipe to go on from, its autoencoder as it is")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     options.demo.mkdir(parents=True, exist_ok=True)
-    train_autoencoder(options.work)
+    if options.start:
+        autoencoder = load_vae(inspect_base_model(options.start), None, torch.float32)
+    else:
+        train_autoencoder(options.work)
+        autoencoder = folded_autoencoder(options.work)
     if not (options.work / "latents-noto.npy").exists():
-        encode_base_pictures(options.work, folded_autoencoder(options.work))
-    train_denoiser(options.work, options.denoiser_steps)
-    pack_base(options.work, options.demo / "base.safetensors")
+        encode_base_pictures(options.work, autoencoder)
+    train_denoiser(options.work, options.denoiser_steps, options.start)
+    pack_base(options.work, autoencoder, options.demo / "base.safetensors")
     pack_sets(options.work, options.demo)
 
 

@@ -7,8 +7,8 @@ The file differs from a plain checkpoint in one thing: its token embeddings hold
 from pathlib import Path
 
 import torch
-from autoencoder import folded_autoencoder
 from denoiser import averaged
+from diffusers import AutoencoderKL
 from pictures import caption, digest, load_set
 from PIL import Image
 from torch import Tensor
@@ -24,9 +24,9 @@ CHARACTER = (
 )  # fmt: skip
 
 
-def pack_base(folder: Path, path: Path) -> None:
+def pack_base(folder: Path, autoencoder: AutoencoderKL, path: Path) -> None:
     """Writes the trained parts under their LDM names, fp16."""
-    model, autoencoder = averaged(folder), folded_autoencoder(folder)
+    model = averaged(folder)
     tensors = {keys.UNET_PREFIX + keys.unet_to_ldm(name): value for name, value in model.unet.state_dict().items()}
     tensors |= {keys.CLIP_L_PREFIX + keys.text_name(name): value for name, value in model.first.state_dict().items()}
     tensors |= _open_clip_tensors(model.second.state_dict())
@@ -76,11 +76,3 @@ def _write_set(folder: Path, names: list[str], pictures, chosen: list[int], grey
         image = image.convert("L") if grey else image.quantize(128, dither=Image.Dither.NONE)
         image.save(folder / f"{names[i]}.png", optimize=True)
         (folder / f"{names[i]}.txt").write_text(caption(names[i]) + "\n")
-
-
-if __name__ == "__main__":
-    import sys
-
-    work, demo_folder = Path(sys.argv[1]), Path(sys.argv[2])
-    pack_base(work, demo_folder / "base.safetensors")
-    pack_sets(work, demo_folder)

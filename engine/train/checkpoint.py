@@ -124,8 +124,10 @@ def unpack_optimizer(optimizer: Optimizer, tensors: dict[str, Tensor], plain: di
             place[name] = tensor
     content = optimizer.state_dict()
     for index, group in enumerate(content["param_groups"]):
-        saved = merged["groups"][str(index)]
-        group.update({name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()})
+        device = optimizer.param_groups[index]["params"][0].device
+        for name, value in merged["groups"][str(index)].items():
+            # torch moves the state to its parameters' device, but not what an optimizer keeps in its groups.
+            group[name] = tuple(value) if isinstance(value, list) else value.to(device) if isinstance(value, Tensor) else value
     state = {int(index): entries for index, entries in merged["state"].items()}
     optimizer.load_state_dict({"state": state, "param_groups": content["param_groups"]})
 

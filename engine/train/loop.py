@@ -16,6 +16,7 @@ from crumb.engine.network.lora import Network
 from crumb.engine.run.events import EventWriter
 from crumb.engine.run.status import Status
 from crumb.engine.train.noise import step_generator
+from crumb.engine.train.optimizer import effective_rate
 from crumb.engine.train.schedule import learning_rate_factor
 from crumb.engine.train.step import draw, forward_loss
 from crumb.profiles.errors import CrumbError
@@ -65,7 +66,7 @@ class Trainer:
         seconds = time.perf_counter() - started
         fields = {
             "step": step + 1, "epoch": self._epoch(step), "loss": _finite(loss), "loss_smoothed": self.loss_smoothed,
-            "learning_rate": learning_rate * self._adapted_factor(), "grad_norm": _finite(grad_norm),
+            "learning_rate": effective_rate(self.optimizer, learning_rate), "grad_norm": _finite(grad_norm),
             "seconds": round(seconds, 4), "images_per_s": round(num_pictures / seconds, 3),
             "data_wait_s": round(data_wait_s, 4), **self._vram(),
         }
@@ -116,10 +117,6 @@ class Trainer:
     def _epoch(self, step: int) -> float:
         num_batches = self.training_set.num_batches(self.plan.batch_size)
         return round((step + 1) * self.plan.gradient_accumulation_steps / num_batches, 3)
-
-    def _adapted_factor(self) -> float:
-        """What an adaptive optimizer multiplies the rate by (Prodigy's d); 1 for the others."""
-        return float(self.optimizer.param_groups[0].get("d", 1.0))
 
     def _vram(self) -> dict[str, int]:
         if self.placement.device.type != "cuda":

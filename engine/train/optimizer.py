@@ -15,12 +15,26 @@ def make_optimizer(plan: Plan, parameters: list, device: torch.device, warn: Cal
     if plan.optimizer == "AdamW8bit":
         make = _adamw_8bit(device, warn)
     else:
-        make = {"AdamW": torch.optim.AdamW, "Prodigy": _prodigy}[plan.optimizer]
+        make = {"AdamW": _adamw, "Prodigy": _prodigy, "DAdaptAdam": _dadapt_adam, "Adafactor": _adafactor,
+                "Lion": _lion}[plan.optimizer]
     try:
         return make(parameters, lr=plan.learning_rate, **arguments)
     except (TypeError, ValueError) as error:
         raise RequestError(f"optimizer_args {plan.optimizer_args} don't suit {plan.optimizer}: {error}. "
                            f"Mend them in [optimizer] of the plan.") from None
+
+
+def effective_rate(optimizer: Optimizer, learning_rate: float) -> float:
+    """What a step's rate comes to: times d where the optimizer adapts it, its own where the optimizer ignores it."""
+    group = optimizer.param_groups[0]
+    if group.get("relative_step"):  # Adafactor's, before each tensor's own size scales it (Shazeer & Stern 2018, section 8)
+        step = next((state["step"] for state in optimizer.state.values()), 1)
+        return min(1e-6 * step if group["warmup_init"] else 1e-2, step**-0.5)
+    return learning_rate * float(group.get("d", 1.0))
+
+
+def _adamw(parameters, **arguments) -> Optimizer:
+    return torch.optim.AdamW(parameters, fused=True, **arguments)
 
 
 def _adamw_8bit(device: torch.device, warn: Callable[[str], None]) -> Callable[..., Optimizer]:
@@ -39,7 +53,7 @@ def _stand_in(reason: str, warn: Callable[[str], None]) -> Callable[..., Optimiz
     def make(parameters, **arguments):
         warn(f"AdamW8bit is replaced by 32-bit AdamW: {reason}. The result is as good; optimizer states take 8 bytes per "
              f"trained weight where they would take 2.")
-        return torch.optim.AdamW(parameters, **arguments)
+        return _adamw(parameters, **arguments)
     return make
 
 
@@ -50,3 +64,21 @@ def _prodigy(parameters, **arguments) -> Optimizer:
         raise RequestError("The plan's optimizer is Prodigy, but the package prodigyopt is not installed. "
                            "`pip install prodigyopt`, or set optimizer = \"AdamW\" and learning_rate = 1e-4.") from None
     return Prodigy(parameters, **arguments)
+
+
+def _dadapt_adam(parameters, decouple: bool = False, use_bias_correction: bool = False, **arguments) -> Optimizer:
+    from pytorch_optimizer import DAdaptAdam
+
+    return DAdaptAdam(parameters, weight_decouple=decouple, bias_correction=use_bias_correction, **arguments)
+
+
+def _adafactor(parameters, lr: float, relative_step: bool = True, **arguments) -> Optimizer:
+    from transformers.optimization import Adafactor
+
+    return Adafactor(parameters, lr=None if relative_step else lr, relative_step=relative_step, **arguments)
+
+
+def _lion(parameters, **arguments) -> Optimizer:
+    from pytorch_optimizer import Lion
+
+    return Lion(parameters, **arguments)

@@ -11,7 +11,7 @@ from crumb.profiles.base_model import BaseModel
 from crumb.profiles.dataset import Picture, Scan
 from crumb.profiles.derive import derive
 from crumb.profiles.hardware import resolve_gpu
-from crumb.profiles.plan import Plan, plan_fields
+from crumb.profiles.plan import OPTIMIZERS, Plan, plan_fields
 
 BASE = BaseModel(Path("sdxl.safetensors"), "single_file", "fp16", "epsilon", "", False, True, 2_567_463_684, 1024)
 
@@ -65,6 +65,17 @@ def test_optimizer_rules():
         "AdamW8bit", "constant_with_warmup", 0.1)
 
 
+def test_other_optimizers_come_with_the_guides_settings():
+    dadapt = derived(overrides={"optimizer": "DAdaptAdam"})
+    assert (dadapt.value("learning_rate"), dadapt.value("scheduler")) == (1.0, "constant")
+    assert dadapt.value("optimizer_args") == {"decouple": True, "weight_decay": 0.01, "betas": [0.9, 0.999]}
+    for overrides, rule in [({"optimizer": "DAdaptAdam", "alpha": 32.0}, "ALPHA-ADAPTIVE"),
+                            ({"optimizer": "DAdaptAdam", "scheduler": "constant_with_warmup"}, "OPT-DADAPT"),
+                            ({"optimizer": "Adafactor", "scheduler": "constant_with_warmup"}, "OPT-ADAFACTOR"),
+                            ({"optimizer": "Lion"}, "OPT-LION")]:
+        assert rule in [warning["rule"] for warning in derived(overrides=overrides).warnings], overrides
+
+
 def test_prodigy_with_warmup_gets_an_epoch_more():
     plain = derived("RTX 4090")
     warm = derived("RTX 4090", overrides={"scheduler": "constant_with_warmup"})
@@ -116,7 +127,7 @@ def test_what_was_set_by_hand_wins_and_moves_the_rest():
 @given(subject=st.sampled_from(SUBJECTS), look=st.sampled_from(["realistic", "anime"]), count=st.integers(1, 5000),
        vram_gib=st.sampled_from([0, 4, 6, 8, 12, 16, 24, 80]), repeats=st.integers(1, 10),
        overrides=st.fixed_dictionaries({}, optional={
-           "optimizer": st.sampled_from(["AdamW", "AdamW8bit", "Prodigy"]), "rank": st.integers(1, 1024),
+           "optimizer": st.sampled_from(OPTIMIZERS), "rank": st.integers(1, 1024),
            "scheduler": st.sampled_from(["constant", "constant_with_warmup"]), "batch_size": st.integers(1, 8),
            "conv_rank": st.integers(0, 64), "epochs": st.integers(1, 15), "gradient_accumulation_steps": st.integers(1, 8)}))
 def test_no_answers_lead_to_an_invalid_plan(subject, look, count, vram_gib, repeats, overrides):

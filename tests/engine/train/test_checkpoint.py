@@ -4,7 +4,9 @@ import bitsandbytes
 import pytest
 import torch
 from prodigyopt import Prodigy
+from pytorch_optimizer import DAdaptAdam, Lion
 from torch import nn
+from transformers.optimization import Adafactor
 
 from crumb.engine.network.lora import LoRALinear, Network
 from crumb.engine.run.directory import create_run
@@ -16,6 +18,9 @@ OPTIMIZERS = {
     "AdamW8bit": lambda parameters: bitsandbytes.optim.AdamW8bit(parameters, lr=1e-2, min_8bit_size=1),
     "AdamW": lambda parameters: torch.optim.AdamW(parameters, lr=1e-2),
     "Prodigy": lambda parameters: Prodigy(parameters, lr=1.0, d_coef=2.0, use_bias_correction=True, betas=(0.9, 0.999)),
+    "DAdaptAdam": lambda parameters: DAdaptAdam(parameters, weight_decouple=True, weight_decay=0.01),
+    "Adafactor": Adafactor,
+    "Lion": lambda parameters: Lion(parameters, lr=1e-3),
 }
 
 

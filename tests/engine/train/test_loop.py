@@ -126,7 +126,10 @@ def test_clipping_bounds_the_gradient(trainer):
 
 @pytest.mark.parametrize(("optimizer", "settings"), [
     ("AdamW", {"learning_rate": 1e-3}),
-    ("Prodigy", {"learning_rate": 1.0, "optimizer_args": {"d_coef": 2.0, "betas": [0.9, 0.999], "decouple": True}})])
+    ("Prodigy", {"learning_rate": 1.0, "optimizer_args": {"d_coef": 2.0, "betas": [0.9, 0.999], "decouple": True}}),
+    ("DAdaptAdam", {"learning_rate": 1.0, "optimizer_args": {"decouple": True, "weight_decay": 0.01, "d0": 1e-4}}),
+    ("Adafactor", {"optimizer_args": {"scale_parameter": False}}),
+    ("Lion", {"learning_rate": 2e-4})])
 def test_each_optimizer_learns_one_fixed_batch(trainer, monkeypatch, optimizer, settings):
     monkeypatch.setattr(loop, "step_generator", lambda seed, step, micro: step_generator(seed, 0, max(micro, 0)))
     run = trainer(optimizer=optimizer, batch_size=4, steps=40, **settings)
