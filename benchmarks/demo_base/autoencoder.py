@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
-from pictures import PACKAGES, load_set
+from pictures import PACKAGES, load_base_set, load_set
 from progress import Log, save_state
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -71,7 +71,7 @@ def folded_autoencoder(folder: Path) -> AutoencoderKL:
     """The trained autoencoder, its latents of mean 0 and variance 1 over the base's pictures once scaled."""
     model = new_autoencoder()
     model.load_state_dict(torch.load(folder / "autoencoder.pt")["model"])
-    means = _means(model, torch.from_numpy(load_set(folder, "noto")[1]).permute(0, 3, 1, 2))
+    means = _means(model, torch.from_numpy(load_base_set(folder)[1]).permute(0, 3, 1, 2))
     shift = means.mean(dim=(0, 2, 3))
     size = (means - shift.view(-1, 1, 1)).std() * VAE_SCALING_FACTOR
     with torch.no_grad():
@@ -86,9 +86,9 @@ def folded_autoencoder(folder: Path) -> AutoencoderKL:
 
 
 def encode_base_pictures(folder: Path, model: AutoencoderKL) -> None:
-    """Writes the scaled latents' means, (N, 4, 16, 16) fp32, to latents-noto.npy."""
-    pictures = torch.from_numpy(load_set(folder, "noto")[1]).permute(0, 3, 1, 2)
-    np.save(folder / "latents-noto.npy", (_means(model, pictures) * VAE_SCALING_FACTOR).numpy())
+    """Writes the scaled latents' means, (N, 4, 16, 16) fp32, to latents.npy."""
+    pictures = torch.from_numpy(load_base_set(folder)[1]).permute(0, 3, 1, 2)
+    np.save(folder / "latents.npy", (_means(model, pictures) * VAE_SCALING_FACTOR).numpy())
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import UNet2DConditionModel
-from pictures import caption, load_set
+from pictures import caption, load_base_set, load_set
 from progress import Log, save_state
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -103,8 +103,8 @@ def load_weights(model: DemoBase, base_file: Path) -> None:
 def train_denoiser(folder: Path, num_steps: int, start: Path | None = None, seed: int = 0, save_every: int = 500) -> None:
     """Trains up to `num_steps`, from the last kept state if there is one, else from the weights of `start`."""
     torch.manual_seed(seed)
-    latents = torch.from_numpy(np.load(folder / "latents-noto.npy"))
-    tokens = tokenize([caption(key) for key in load_set(folder, "noto")[0]] + [""])
+    latents = torch.from_numpy(np.load(folder / "latents.npy"))
+    tokens = tokenize([caption(key) for key in load_base_set(folder)[0]] + [""])
     model = DemoBase(used_tokens(folder))
     if start:
         load_weights(model, start)
@@ -115,7 +115,7 @@ def train_denoiser(folder: Path, num_steps: int, start: Path | None = None, seed
         state = torch.load(state_path)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        average, step = state["average"], state["step"]
+        average, step = [value.detach() for value in state["average"]], state["step"]
     alphas = alphas_cumprod(zero_terminal_snr=False)
     log = Log(folder / "denoiser.jsonl", "loss", 100)
     while step < num_steps:
@@ -127,7 +127,8 @@ def train_denoiser(folder: Path, num_steps: int, start: Path | None = None, seed
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        torch._foreach_lerp_(average, list(model.parameters()), 1 - min(EMA_DECAY, (1 + step) / (10 + step)))
+        with torch.no_grad():
+            torch._foreach_lerp_(average, list(model.parameters()), 1 - min(EMA_DECAY, (1 + step) / (10 + step)))
         step += 1
         log.add(step, loss.item())
         if step % save_every == 0 or step == num_steps:

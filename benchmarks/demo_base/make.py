@@ -37,7 +37,7 @@ def main() -> None:
     else:
         train_autoencoder(options.work)
         autoencoder = folded_autoencoder(options.work)
-    if not (options.work / "latents-noto.npy").exists():
+    if not (options.work / "latents.npy").exists():
         encode_base_pictures(options.work, autoencoder)
     train_denoiser(options.work, options.denoiser_steps, options.start)
     pack_base(options.work, autoencoder, options.demo / "base.safetensors")

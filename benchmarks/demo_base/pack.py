@@ -4,13 +4,15 @@ The file differs from a plain checkpoint in one thing: its token embeddings hold
 `token_rows` says which row each of CLIP's 49,408 tokens takes (`crumb.engine.run.demo` writes them out in full).
 """
 
+import shutil
 from pathlib import Path
 
 import torch
 from denoiser import averaged
 from diffusers import AutoencoderKL
-from pictures import caption, digest, load_set
+from pictures import caption, digest, load_base_set, load_set
 from PIL import Image
+from sheet import PROMPTS
 from torch import Tensor
 
 from crumb.engine.model import keys
@@ -35,7 +37,7 @@ def pack_base(folder: Path, autoencoder: AutoencoderKL, path: Path) -> None:
         tensors[keys.VAE_PREFIX + keys.vae_to_ldm(name)] = value[..., None, None] if is_attention_matrix else value
     tensors = {name: value.detach().half().contiguous() for name, value in tensors.items()}
     tensors["token_rows"] = model.first.get_input_embeddings().rows.to(torch.int32)
-    keys_of_base, pictures = load_set(folder, "noto")
+    keys_of_base, pictures = load_base_set(folder)
     write_safetensors(path, tensors, {
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": "stable-diffusion-xl-v1-base",
@@ -61,8 +63,9 @@ def _open_clip_tensors(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def pack_sets(folder: Path, demo: Path) -> None:
     """Writes demo/style (ink drawings) and demo/character (a square blue cat), each with captions."""
     names, pictures = load_set(folder, "ink")
-    known = set(load_set(folder, "noto")[0])
-    shared = [i for i, name in enumerate(names) if name in known]
+    known = set(load_base_set(folder)[0])
+    # The sheet's subjects stay out: what changes in them was understood, not memorised.
+    shared = [i for i, name in enumerate(names) if name in known and caption(name) not in PROMPTS]
     order = torch.randperm(len(shared), generator=torch.Generator().manual_seed(0)).tolist()
     _write_set(demo / "style", names, pictures, [shared[i] for i in order[:NUM_STYLE_PICTURES]], grey=True)
     names, pictures = load_set(folder, "fluent")
@@ -70,7 +73,8 @@ def pack_sets(folder: Path, demo: Path) -> None:
 
 
 def _write_set(folder: Path, names: list[str], pictures, chosen: list[int], grey: bool) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
     for i in sorted(chosen):
         image = Image.fromarray(pictures[i])
         image = image.convert("L") if grey else image.quantize(128, dither=Image.Dither.NONE)

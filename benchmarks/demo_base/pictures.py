@@ -64,6 +64,14 @@ def load_set(folder: Path, name: str) -> tuple[list[str], np.ndarray]:
         return arrays["keys"].tolist(), arrays["pictures"]
 
 
+def load_base_set(folder: Path) -> tuple[list[str], np.ndarray]:
+    """The part of the Noto set that the base learns to draw: subjects.txt, those that a person knows at a glance."""
+    keys, pictures = load_set(folder, "noto")
+    subjects = set((Path(__file__).parent / "subjects.txt").read_text().split())
+    chosen = [i for i, key in enumerate(keys) if key in subjects]
+    return [keys[i] for i in chosen], pictures[chosen]
+
+
 def render(icons: dict, key: str, pixels: int = PIXELS) -> np.ndarray:
     """One icon on white, (pixels, pixels, 3) uint8; ink where its colour is the text's."""
     icon = icons["icons"][key]
