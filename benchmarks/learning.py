@@ -12,6 +12,7 @@ import json
 import os
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).parent / "demo_base"))
 
-from pictures import caption, load_set
+from pictures import caption, load_base_set, load_set
 
 from crumb.engine.model import keys
 from crumb.engine.model.load import load_text_encoders, load_unet, load_vae
@@ -54,7 +55,7 @@ class Judge:
         self.vae = load_vae(self.base, None, torch.float32)
         taught = {path.stem for path in demo_folder("style").glob("*.png")}
         ink_names, ink = load_set(work, "ink")
-        base_names, colour = load_set(work, "noto")
+        base_names, colour = load_base_set(work)
         common = [name for name in ink_names if name in set(base_names) - taught]
         chosen = torch.randperm(len(common), generator=torch.Generator().manual_seed(0))[:NUM_HELD_OUT].tolist()
         self.names = [common[i] for i in sorted(chosen)]
@@ -154,7 +155,7 @@ def merge_lora(unet, path: Path) -> None:
         raise ValueError(f"{path} has parts that the U-Net lacks: {sorted(left)[:3]}")
 
 
-def train_arm(arm: str, base_file: Path, work: Path) -> tuple[Path, Plan, float]:
+def train_arm(arm: str, base_file: Path) -> tuple[Path, Plan, float]:
     """Runs the engine on the style set; returns the LoRA file, the plan and the seconds it took."""
     overrides = dict(parse_setting(setting) for setting in arm.split(",")) if arm != "derived" else {}
     name = "learning-" + arm.replace("=", "-").replace(",", "-").replace(".", "p")
@@ -162,7 +163,6 @@ def train_arm(arm: str, base_file: Path, work: Path) -> tuple[Path, Plan, float]
     answers = Answers(images=str(pictures), base=str(base_file), subject="style", trigger=TRIGGER, name=name,
                       overrides={"sample_every": 0, "save_every": 0, **overrides})
     interview = conclude(answers, scan_pictures(pictures))
-    os.environ["CRUMB_RUNS"] = str(work / "runs")
     run = create_run(name, interview.toml())
     began = time.monotonic()
     launch_engine(run).wait()
@@ -171,28 +171,36 @@ def train_arm(arm: str, base_file: Path, work: Path) -> tuple[Path, Plan, float]
     return run.result, interview.plan, time.monotonic() - began
 
 
+def measure(judge: Judge, unet, line: dict, work: Path) -> None:
+    """Adds held-out loss and style score to the arm's line, keeps line and pictures in `work`."""
+    pictures = judge.draw(unet)
+    np.save(work / f"drawn-{line['arm']}.npy", ((pictures + 1) * 127.5).byte().numpy())
+    line |= {"held_out_loss": round(judge.held_out_loss(unet), 5), "style_score": round(judge.style_score(pictures), 3)}
+    print(json.dumps(line), flush=True)
+    with (work / "learning.jsonl").open("a") as log:
+        log.write(json.dumps(line) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("demo-base"), help="folder of the rendered sets and of the runs")
     parser.add_argument("--arms", nargs="+", default=["derived"], help="KEY=VALUE,KEY=VALUE, or derived")
+    parser.add_argument("--at-once", type=int, default=2, help="arms that train side by side, a core each")
+    parser.add_argument("--base", type=Path, help="another base of the recipe (default: the packaged one)")
     options = parser.parse_args()
-    base_file = write_demo_base(options.work)
+    os.environ["CRUMB_RUNS"] = str(options.work.absolute() / "runs")
+    base_file = options.base or write_demo_base(options.work)
     judge = Judge(base_file, options.work)
-    print(f"classifier: {judge.accuracy:.3f} right of {2 * len(judge.names)} held-out pictures")
-    for arm in ["before", *options.arms]:
-        unet = load_unet(judge.base, torch.float32)
-        line = {"arm": arm}
-        if arm != "before":
-            lora, plan, seconds = train_arm(arm, base_file, options.work)
+    print(f"classifier: {judge.accuracy:.3f} right of {2 * len(judge.names)} held-out pictures", flush=True)
+    measure(judge, load_unet(judge.base, torch.float32), {"arm": "before"}, options.work)
+    with ThreadPoolExecutor(options.at_once) as pool:
+        for arm, outcome in zip(options.arms, pool.map(lambda arm: train_arm(arm, base_file), options.arms)):
+            lora, plan, seconds = outcome
+            unet = load_unet(judge.base, torch.float32)
             merge_lora(unet, lora)
-            line |= {"optimizer": plan.optimizer, "learning_rate": plan.learning_rate, "rank": plan.rank,
-                     "alpha": plan.alpha, "steps": plan.steps, "batch_size": plan.batch_size, "seconds": round(seconds, 1)}
-        pictures = judge.draw(unet)
-        np.save(options.work / f"drawn-{arm.replace('/', '-')}.npy", ((pictures + 1) * 127.5).byte().numpy())
-        line |= {"held_out_loss": round(judge.held_out_loss(unet), 5), "style_score": round(judge.style_score(pictures), 3)}
-        print(json.dumps(line), flush=True)
-        with (options.work / "learning.jsonl").open("a") as log:
-            log.write(json.dumps(line) + "\n")
+            settings = ("optimizer", "learning_rate", "scheduler", "rank", "alpha", "steps", "batch_size")
+            line = {"arm": arm} | {name: getattr(plan, name) for name in settings} | {"seconds": round(seconds, 1)}
+            measure(judge, unet, line, options.work)
 
 
 def _pixels(pictures: np.ndarray, names: list[str], wanted: list[str]) -> Tensor:

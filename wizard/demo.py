@@ -9,6 +9,7 @@ from pathlib import Path
 from crumb.engine.run.demo import demo_folder, write_demo_base
 from crumb.engine.run.directory import RunDirectory, create_run, read_state
 from crumb.profiles.answers import Answers
+from crumb.profiles.derive import Derived
 from crumb.profiles.interview import Interview, check_override, conclude
 from crumb.profiles.paths import cache_dir
 from crumb.wizard.commands import start_and_watch, unused_name
@@ -53,8 +54,11 @@ def plan_demo(base: Path, pictures: Path, options) -> Interview:
     prompts = [f"{TRIGGER}, {subject}" for subject in SAMPLE_SUBJECTS[options.subject]]
     steps = check_override("steps", options.steps) if options.steps else STEPS[options.subject]
     overrides = {"sample_prompts": prompts, "steps": steps, "sample_every": SAMPLE_EVERY}
-    return conclude(Answers(images=str(pictures), base=str(base), subject=options.subject, trigger=TRIGGER,
-                            name=unused_name("demo"), overrides=overrides))
+    interview = conclude(Answers(images=str(pictures), base=str(base), subject=options.subject, trigger=TRIGGER,
+                                 name=unused_name("demo"), overrides=overrides))
+    if not options.steps:
+        interview.derivation.values["steps"] = Derived(steps, "", "the demo's own length, for three minutes in all")
+    return interview
 
 
 def show_outcome(run: RunDirectory, options) -> None:

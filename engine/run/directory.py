@@ -8,6 +8,7 @@ import fcntl
 import json
 import os
 import re
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -152,7 +153,7 @@ def _remember(run: RunDirectory) -> None:
 
 def write_atomic(path: Path, data: bytes) -> None:
     """Replaces a file so that a reader, or a power cut, sees the old content or the new, never half."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}")
     try:
         with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
             file.write(data)
