@@ -1,4 +1,4 @@
-"""What settings teach the demo's base an ink style, measured on subjects that the style set does not hold.
+"""What settings teach the demo's base its ink-and-wash style, measured on subjects that the style set does not hold.
 
     python -P benchmarks/learning.py --work demo-base --arms rank=4 rank=64 optimizer=Lion,learning_rate=3e-5
 
@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).parent / "demo_base"))
 
-from pictures import caption, load_base_set, load_set
+from pictures import caption, ink_and_wash, load_base_set
 
 from crumb.engine.model import keys
 from crumb.engine.model.load import load_text_encoders, load_unet, load_vae
@@ -54,21 +54,22 @@ class Judge:
         self.base = inspect_base_model(base_file)
         self.vae = load_vae(self.base, None, torch.float32)
         taught = {path.stem for path in demo_folder("style").glob("*.png")}
-        ink_names, ink = load_set(work, "ink")
-        base_names, colour = load_base_set(work)
-        common = [name for name in ink_names if name in set(base_names) - taught]
-        chosen = torch.randperm(len(common), generator=torch.Generator().manual_seed(0))[:NUM_HELD_OUT].tolist()
-        self.names = [common[i] for i in sorted(chosen)]
-        self.latents = self._encode(_pixels(ink, ink_names, self.names)) * self.vae.config.scaling_factor
+        names, pictures = load_base_set(work)
+        colour = dict(zip(names, pictures))
+        ink = {name: ink_and_wash(picture) for name, picture in colour.items()}
+        untaught = [name for name in names if name not in taught]
+        chosen = torch.randperm(len(untaught), generator=torch.Generator().manual_seed(0))[:NUM_HELD_OUT].tolist()
+        self.names = [untaught[i] for i in sorted(chosen)]
+        self.latents = self._encode(_pixels(ink, self.names)) * self.vae.config.scaling_factor
         self.noise = torch.randn(len(TIMESTEPS), *self.latents.shape, generator=torch.Generator().manual_seed(1))
         prompts = [f"{TRIGGER}, {caption(name)}" for name in self.names]
         with torch.no_grad():
             encoders = load_text_encoders(self.base, torch.float32)
             self.hidden, self.pooled = encode_prompts(encoders, prompts)
             self.empty_hidden, self.empty_pooled = encode_prompts(encoders, [""])
-        rest = [name for name in ink_names if name in set(base_names) and name not in self.names]
-        self.classifier = self._train_classifier(_pixels(colour, base_names, rest), _pixels(ink, ink_names, rest))
-        self.accuracy = self._accuracy(_pixels(colour, base_names, self.names), _pixels(ink, ink_names, self.names))
+        rest = [name for name in names if name not in self.names]
+        self.classifier = self._train_classifier(_pixels(colour, rest), _pixels(ink, rest))
+        self.accuracy = self._accuracy(_pixels(colour, self.names), _pixels(ink, self.names))
 
     @torch.no_grad()
     def held_out_loss(self, unet) -> float:
@@ -203,10 +204,9 @@ def main() -> None:
             measure(judge, unet, line, options.work)
 
 
-def _pixels(pictures: np.ndarray, names: list[str], wanted: list[str]) -> Tensor:
+def _pixels(pictures: dict[str, np.ndarray], names: list[str]) -> Tensor:
     """(N, 3, 128, 128) in [-1, 1]."""
-    index = {name: i for i, name in enumerate(names)}
-    return torch.from_numpy(pictures[[index[name] for name in wanted]]).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return torch.from_numpy(np.stack([pictures[name] for name in names])).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 if __name__ == "__main__":

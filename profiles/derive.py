@@ -153,18 +153,20 @@ def _derive_network(result: Derivation, answers: Answers, scan: Scan, base: Base
     rank = result.value("rank")
     alpha = rank / 2 if rank < 32 else max(16, rank // 2 // 16 * 16)
     result.put("alpha", float(alpha), "ALPHA-HALF", f"half the rank ({rank}), in multiples of 16 where the rank allows")
-    _derive_convolutions(result, rank)
+    _derive_convolutions(result, rank, base)
     result.put("regularization", False, "REG", "no regularization pictures were given")
 
 
-def _derive_convolutions(result: Derivation, rank: int) -> None:
+def _derive_convolutions(result: Derivation, rank: int, base: BaseModel) -> None:
     """`targets` and `conv_rank` say the same thing twice; whichever is fixed by hand decides both."""
-    wanted = result.overrides.get("conv_rank", 0) > 0 or "conv" in result.overrides.get("targets", "")
+    small = base.num_unet_parameters < FULL_MODEL_PARAMETERS and not {"conv_rank", "targets"} & set(result.overrides)
+    wanted = small or result.overrides.get("conv_rank", 0) > 0 or "conv" in result.overrides.get("targets", "")
     if not wanted:
         result.put("targets", "attention+ff", "COMMON", "attention, feed-forward and projections: what kohya calls LoRA")
         result.put("conv_rank", 0, "CONV", "the 3x3 convolutions don't learn unless asked")
         return
-    result.put("targets", "attention+ff+conv", "CONV", "conv_rank is set, so the convolutions learn")
+    result.put("targets", "attention+ff+conv", "CONV", "this base is small, and makes its colours and strokes in convolutions"
+               if small else "conv_rank is set, so the convolutions learn")
     result.put("conv_rank", max(1, rank // 2), "CONV", "half the rank")
     result.put("conv_alpha", max(1.0, result.value("conv_rank") / 2), "ALPHA-HALF", "half the rank of the convolutions")
 

@@ -91,9 +91,9 @@ def _add_plan(add) -> None:
 
 def _add_training(add) -> None:
     demo = add("demo", "train for real on a small packaged base and packaged pictures, in minutes, GPU or not",
-               "crumb demo --subject style", module="demo")
+               "crumb demo --subject character", module="demo")
     demo.add_argument("--steps", metavar="N", help="optimizer steps (default: about two minutes' worth)")
-    demo.add_argument("--subject", choices=("character", "style"), default="character",
+    demo.add_argument("--subject", choices=("style", "character"), default="style",
                       help="what it learns (default: %(default)s)")
     train = add("train", "train a plan and watch it", "crumb train plan.toml --detach")
     train.add_argument("plan", metavar="PLAN.toml", help="plan file, as `crumb plan` writes it")

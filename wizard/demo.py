@@ -1,6 +1,6 @@
 """`crumb demo`: the whole road on packaged pictures and a small packaged base, so that it needs no download and no GPU.
 
-The base has SDXL's structure and learned emoji by their names; the style set is ink drawings, the character set one blue cat.
+The base has SDXL's structure and learned emoji by their names; the style set is in ink and wash, the character set one blue cat.
 """
 
 import shlex
@@ -17,15 +17,17 @@ from crumb.wizard.planning import print_plan
 
 PICTURES_CELLS = 76
 # What keeps the demo within three minutes on two cores; a set of one's own trains as long as the rules say.
-STEPS = {"style": 600, "character": 400}
-SAMPLE_EVERY = 200
+STEPS = {"style": 300, "character": 200}
+SAMPLE_EVERY = 100
+# The base learned its pictures well and wants little guidance; more burns them in.
+GUIDANCE = 3.0
 
 SHOWN = ["mixed_precision", "rank", "alpha", "optimizer", "learning_rate", "resolution", "steps", "save_every"]
 
 TRIGGER = "crumbdemo"
 TAUGHT = {
-    "style": "how to draw in ink, from {count} small drawings. It knows emoji in colour only.",
-    "character": "one cat, square and blue, from {count} of its faces. The cats it knows are yellow.",
+    "style": "how to draw in ink and wash, from {count} small drawings. It knows emoji in colour only.",
+    "character": "one blue cat, from {count} of its faces. The cats it knows are yellow.",
 }
 # Those of the style are not in its set: what changes in them was understood, not memorised.
 SAMPLE_SUBJECTS = {
@@ -53,7 +55,8 @@ def plan_demo(base: Path, pictures: Path, options) -> Interview:
     """Every value is derived, as for any set, but the length and the prompts."""
     prompts = [f"{TRIGGER}, {subject}" for subject in SAMPLE_SUBJECTS[options.subject]]
     steps = check_override("steps", options.steps) if options.steps else STEPS[options.subject]
-    overrides = {"sample_prompts": prompts, "steps": steps, "sample_every": SAMPLE_EVERY}
+    overrides = {"sample_prompts": prompts, "steps": steps, "sample_every": SAMPLE_EVERY,
+                 "sample_guidance": GUIDANCE}
     interview = conclude(Answers(images=str(pictures), base=str(base), subject=options.subject, trigger=TRIGGER,
                                  name=unused_name("demo"), overrides=overrides))
     if not options.steps:

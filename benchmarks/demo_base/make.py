@@ -20,7 +20,7 @@ from crumb.engine.model.load import load_vae
 from crumb.profiles.base_model import inspect_base_model
 
 ENGINE = Path(__file__).parents[2] / "engine"
-DENOISER_STEPS = 3800
+DENOISER_STEPS = 9000
 
 
 def main() -> None:

@@ -7,10 +7,11 @@ The file differs from a plain checkpoint in one thing: its token embeddings hold
 import shutil
 from pathlib import Path
 
+import numpy as np
 import torch
 from denoiser import averaged
 from diffusers import AutoencoderKL
-from pictures import caption, digest, load_base_set, load_set
+from pictures import caption, digest, in_blue, ink_and_wash, load_base_set
 from PIL import Image
 from sheet import PROMPTS
 from torch import Tensor
@@ -19,7 +20,7 @@ from crumb.engine.model import keys
 from crumb.engine.network.save import write_safetensors
 
 NUM_STYLE_PICTURES = 120
-# One subject in many moods, blue (red and blue change places) so that nobody takes it for the base's own yellow cat.
+# One subject in many moods, blue so that nobody takes it for the base's own yellow cat.
 CHARACTER = (
     "cat-face", "grinning-cat", "grinning-cat-with-smiling-eyes", "cat-with-tears-of-joy", "smiling-cat-with-heart-eyes",
     "cat-with-wry-smile", "kissing-cat", "weary-cat", "crying-cat", "pouting-cat",
@@ -61,22 +62,20 @@ def _open_clip_tensors(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def pack_sets(folder: Path, demo: Path) -> None:
-    """Writes demo/style (ink drawings) and demo/character (a square blue cat), each with captions."""
-    names, pictures = load_set(folder, "ink")
-    known = set(load_base_set(folder)[0])
+    """Writes demo/style (the base's own subjects in ink and wash) and demo/character (its cat's faces, in blue), with captions."""
+    names, pictures = load_base_set(folder)
     # The sheet's subjects stay out: what changes in them was understood, not memorised.
-    shared = [i for i, name in enumerate(names) if name in known and caption(name) not in PROMPTS]
-    order = torch.randperm(len(shared), generator=torch.Generator().manual_seed(0)).tolist()
-    _write_set(demo / "style", names, pictures, [shared[i] for i in order[:NUM_STYLE_PICTURES]], grey=True)
-    names, pictures = load_set(folder, "fluent")
-    _write_set(demo / "character", names, pictures[..., ::-1], [names.index(name) for name in CHARACTER], grey=False)
+    usable = [i for i, name in enumerate(names) if caption(name) not in PROMPTS]
+    order = torch.randperm(len(usable), generator=torch.Generator().manual_seed(0)).tolist()
+    chosen = [usable[i] for i in order[:NUM_STYLE_PICTURES]]
+    _write_set(demo / "style", {names[i]: ink_and_wash(pictures[i]) for i in chosen})
+    _write_set(demo / "character", {name: in_blue(pictures[names.index(name)]) for name in CHARACTER})
 
 
-def _write_set(folder: Path, names: list[str], pictures, chosen: list[int], grey: bool) -> None:
+def _write_set(folder: Path, pictures: dict[str, np.ndarray]) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    for i in sorted(chosen):
-        image = Image.fromarray(pictures[i])
-        image = image.convert("L") if grey else image.quantize(128, dither=Image.Dither.NONE)
-        image.save(folder / f"{names[i]}.png", optimize=True)
-        (folder / f"{names[i]}.txt").write_text(caption(names[i]) + "\n")
+    for name, picture in sorted(pictures.items()):
+        image = Image.fromarray(np.ascontiguousarray(picture)).quantize(128, dither=Image.Dither.NONE)
+        image.save(folder / f"{name}.png", optimize=True)
+        (folder / f"{name}.txt").write_text(caption(name) + "\n")

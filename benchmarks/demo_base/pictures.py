@@ -13,7 +13,7 @@ import tarfile
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageFilter
 from resvg_py import svg_to_bytes
 
 PACKAGES = {
@@ -22,6 +22,8 @@ PACKAGES = {
     "ink": "@iconify-json/fluent-emoji-high-contrast@1.2.6",
 }
 PIXELS = 128
+# The style set's two colours.
+INK, PAPER = np.array([16, 24, 90]), np.array([255, 255, 255])
 # The part of the picture that the drawing fills: a margin keeps its edge off the border.
 FILLED = 0.9
 CATEGORIES = ("Animals & Nature", "Food & Drink", "Travel & Places", "Activities", "Objects", "Smileys & Emotion")
@@ -86,6 +88,24 @@ def render(icons: dict, key: str, pixels: int = PIXELS) -> np.ndarray:
         f'<rect x="{left}" y="{top}" width="{side}" height="{side}" fill="#fff"/>{body}</svg>'
     )
     return np.asarray(Image.open(io.BytesIO(bytes(svg_to_bytes(svg_string=svg)))).convert("RGB"))
+
+
+def ink_and_wash(picture: np.ndarray) -> np.ndarray:
+    """The drawing as a pen would do it: outlines in ink, areas in thinned ink; (H, W, 3) uint8 in and out."""
+    values = picture.astype(np.float32)
+    across = np.abs(np.diff(values, axis=1, append=255)).max(axis=2)
+    down = np.abs(np.diff(values, axis=0, append=255)).max(axis=2)
+    strokes = Image.fromarray((np.clip((across + down) / 110, 0, 1) * 255).astype(np.uint8))
+    strokes = np.asarray(strokes.filter(ImageFilter.MaxFilter(3)).filter(ImageFilter.GaussianBlur(0.6))) / 255
+    grey = np.asarray(Image.fromarray(picture).convert("L")) / 255
+    lightness = (1 - strokes) * (0.45 + 0.55 * grey)
+    return (INK + (PAPER - INK) * lightness[..., None]).round().astype(np.uint8)
+
+
+def in_blue(picture: np.ndarray) -> np.ndarray:
+    """The drawing with its warm colours (red above blue) turned to cold ones."""
+    warm = picture[..., 0] > picture[..., 2]
+    return np.where(warm[..., None], picture[..., ::-1], picture)
 
 
 def caption(key: str) -> str:

@@ -17,6 +17,7 @@ def test_demo_plans_are_derived_and_ask_for_what_the_style_set_lacks(tmp_path, s
     interview = plan_demo(write_demo_base(tmp_path), demo_folder(subject), SimpleNamespace(subject=subject, steps=None))
     plan = interview.plan
     assert (plan.rank, plan.alpha, plan.resolution, plan.prediction_type) == (rank, rank / 2, 128, "epsilon")
+    assert (plan.targets, plan.conv_rank, plan.conv_alpha) == ("attention+ff+conv", rank / 2, rank / 4)
     assert plan.sample_prompts == [f"crumbdemo, {name}" for name in SAMPLE_SUBJECTS[subject]]
     if subject == "style":
         assert not {name.replace(" ", "-") for name in SAMPLE_SUBJECTS[subject]} & {
@@ -25,7 +26,7 @@ def test_demo_plans_are_derived_and_ask_for_what_the_style_set_lacks(tmp_path, s
     interview.answers.overrides.clear()
     derived = conclude(interview.answers, interview.scan).plan
     assert {name for name in vars(plan) if getattr(plan, name) != getattr(derived, name)} <= {
-        "sample_prompts", "created", "steps", "save_every", "sample_every"}
+        "sample_prompts", "created", "steps", "save_every", "sample_every", "sample_guidance"}
 
 
 def test_before_and_after_are_the_first_and_the_last_picture_of_each_prompt(tmp_path):
