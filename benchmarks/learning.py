@@ -10,6 +10,7 @@ takes for ink; the classifier is told with its own accuracy. Results go to WORK/
 import argparse
 import json
 import os
+import re
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -29,7 +30,8 @@ from crumb.engine.model import keys
 from crumb.engine.model.load import load_text_encoders, load_unet, load_vae
 from crumb.engine.model.text import encode_prompts
 from crumb.engine.run.demo import demo_folder, write_demo_base
-from crumb.engine.run.directory import create_run, read_state
+from crumb.engine.run.directory import RunDirectory, create_run, read_state
+from crumb.engine.run.events import read_events
 from crumb.engine.run.launch import launch_engine
 from crumb.engine.train.noise import add_noise, alphas_cumprod
 from crumb.engine.train.sample import make_scheduler
@@ -156,10 +158,10 @@ def merge_lora(unet, path: Path) -> None:
         raise ValueError(f"{path} has parts that the U-Net lacks: {sorted(left)[:3]}")
 
 
-def train_arm(arm: str, base_file: Path) -> tuple[Path, Plan, float]:
-    """Runs the engine on the style set; returns the LoRA file, the plan and the seconds it took."""
+def train_arm(arm: str, base_file: Path) -> tuple[RunDirectory, Plan, float]:
+    """Runs the engine on the style set; returns the run, its plan and the seconds it took."""
     overrides = dict(parse_setting(setting) for setting in arm.split(",")) if arm != "derived" else {}
-    name = "learning-" + arm.replace("=", "-").replace(",", "-").replace(".", "p")
+    name = "learning-" + re.sub(r"[^\w-]+", "-", arm).strip("-")
     pictures = demo_folder("style")
     answers = Answers(images=str(pictures), base=str(base_file), subject="style", trigger=TRIGGER, name=name,
                       overrides={"sample_every": 0, "save_every": 0, **overrides})
@@ -167,16 +169,18 @@ def train_arm(arm: str, base_file: Path) -> tuple[Path, Plan, float]:
     run = create_run(name, interview.toml())
     began = time.monotonic()
     launch_engine(run).wait()
-    if read_state(run)["state"] != "done":
-        raise RuntimeError(f"the arm {arm} did not finish; see {run.log}")
-    return run.result, interview.plan, time.monotonic() - began
+    return run, interview.plan, time.monotonic() - began
 
 
 def measure(judge: Judge, unet, line: dict, work: Path) -> None:
-    """Adds held-out loss and style score to the arm's line, keeps line and pictures in `work`."""
+    """Keeps the arm's line in `work` with held-out loss and style score, and the pictures drawn for it."""
     pictures = judge.draw(unet)
     np.save(work / f"drawn-{line['arm']}.npy", ((pictures + 1) * 127.5).byte().numpy())
-    line |= {"held_out_loss": round(judge.held_out_loss(unet), 5), "style_score": round(judge.style_score(pictures), 3)}
+    scores = {"held_out_loss": round(judge.held_out_loss(unet), 5), "style_score": round(judge.style_score(pictures), 3)}
+    report(line | scores, work)
+
+
+def report(line: dict, work: Path) -> None:
     print(json.dumps(line), flush=True)
     with (work / "learning.jsonl").open("a") as log:
         log.write(json.dumps(line) + "\n")
@@ -196,11 +200,14 @@ def main() -> None:
     measure(judge, load_unet(judge.base, torch.float32), {"arm": "before"}, options.work)
     with ThreadPoolExecutor(options.at_once) as pool:
         for arm, outcome in zip(options.arms, pool.map(lambda arm: train_arm(arm, base_file), options.arms)):
-            lora, plan, seconds = outcome
-            unet = load_unet(judge.base, torch.float32)
-            merge_lora(unet, lora)
+            run, plan, seconds = outcome
             settings = ("optimizer", "learning_rate", "scheduler", "rank", "alpha", "steps", "batch_size")
             line = {"arm": arm} | {name: getattr(plan, name) for name in settings} | {"seconds": round(seconds, 1)}
+            if read_state(run)["state"] != "done":
+                report(line | {"failed": read_events(run.events)[0][-1].get("text", "")}, options.work)
+                continue
+            unet = load_unet(judge.base, torch.float32)
+            merge_lora(unet, run.result)
             measure(judge, unet, line, options.work)
 
 
