@@ -160,7 +160,7 @@ def merge_lora(unet, path: Path) -> None:
 
 def train_arm(arm: str, base_file: Path) -> tuple[RunDirectory, Plan, float]:
     """Runs the engine on the style set; returns the run, its plan and the seconds it took."""
-    overrides = dict(parse_setting(setting) for setting in arm.split(",")) if arm != "derived" else {}
+    overrides = dict(parse_setting(setting) for setting in re.split(r",(?![^{]*})", arm)) if arm != "derived" else {}
     name = ("learning-" + re.sub(r"[^\w-]+", "-", arm))[:80].strip("-")
     pictures = demo_folder("style")
     answers = Answers(images=str(pictures), base=str(base_file), subject="style", trigger=TRIGGER, name=name,
