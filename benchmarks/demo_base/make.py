@@ -17,7 +17,9 @@ from denoiser import train_denoiser
 from pack import pack_base, pack_sets
 
 from crumb.engine.model.load import load_vae
+from crumb.engine.run.demo import expanded
 from crumb.profiles.base_model import inspect_base_model
+from crumb.profiles.safetensors_header import read_header
 
 ENGINE = Path(__file__).parents[2] / "engine"
 DENOISER_STEPS = 9000
@@ -32,16 +34,27 @@ def main() -> None:
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     options.demo.mkdir(parents=True, exist_ok=True)
-    if options.start:
-        autoencoder = load_vae(inspect_base_model(options.start), None, torch.float32)
+    start = options.start and _whole(options.start, options.work)
+    if start:
+        autoencoder = load_vae(inspect_base_model(start), None, torch.float32)
     else:
         train_autoencoder(options.work)
         autoencoder = folded_autoencoder(options.work)
     if not (options.work / "latents.npy").exists():
         encode_base_pictures(options.work, autoencoder)
-    train_denoiser(options.work, options.denoiser_steps, options.start)
+    train_denoiser(options.work, options.denoiser_steps, start)
     pack_base(options.work, autoencoder, options.demo / "base.safetensors")
     pack_sets(options.work, options.demo)
+
+
+def _whole(path: Path, work: Path) -> Path:
+    """The SDXL file that a packed one stands for."""
+    tensors, metadata = read_header(path)
+    if "token_rows" not in tensors:
+        return path
+    whole = work / "start.safetensors"
+    whole.write_bytes(expanded(path.read_bytes(), tensors, metadata))
+    return whole
 
 
 if __name__ == "__main__":
