@@ -15,6 +15,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from zlib import crc32
 
 import numpy as np
 import torch
@@ -40,6 +41,7 @@ from crumb.profiles.base_model import inspect_base_model
 from crumb.profiles.dataset import scan_pictures
 from crumb.profiles.interview import conclude
 from crumb.profiles.plan import Plan
+from crumb.wizard.commands import unused_name
 from crumb.wizard.planning import parse_setting
 
 TRIGGER = "crumbdemo"
@@ -161,7 +163,8 @@ def merge_lora(unet, path: Path) -> None:
 def train_arm(arm: str, base_file: Path) -> tuple[RunDirectory, Plan, float]:
     """Runs the engine on the style set; returns the run, its plan and the seconds it took."""
     overrides = dict(parse_setting(setting) for setting in re.split(r",(?![^{]*})", arm)) if arm != "derived" else {}
-    name = ("learning-" + re.sub(r"[^\w-]+", "-", arm))[:80].strip("-")
+    slug = re.sub(r"[^\w-]+", "-", arm)[:50].strip("-")
+    name = unused_name(f"learning-{slug}-{crc32(arm.encode()):08x}")
     pictures = demo_folder("style")
     answers = Answers(images=str(pictures), base=str(base_file), subject="style", trigger=TRIGGER, name=name,
                       overrides={"sample_every": 0, "save_every": 0, **overrides})

@@ -62,7 +62,7 @@ def _open_clip_tensors(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def pack_sets(folder: Path, demo: Path) -> None:
-    """Writes demo/style (the base's own subjects in ink and wash) and demo/character (its cat's faces, in blue), with captions."""
+    """Writes demo/style (the base's subjects in ink and wash) and demo/character (its cat's faces in blue), captioned."""
     names, pictures = load_base_set(folder)
     # The sheet's subjects stay out: what changes in them was understood, not memorised.
     usable = [i for i, name in enumerate(names) if caption(name) not in PROMPTS]
