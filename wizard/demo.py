@@ -1,6 +1,6 @@
 """`crumb demo`: the whole road on packaged pictures and a small packaged base, so that it needs no download and no GPU.
 
-The base has SDXL's structure and learned emoji by their names; the style set is in ink and wash, the character set one blue cat.
+The base has SDXL's structure and learned emoji by name; the style set is in ink and wash, the character set one blue cat.
 """
 
 import shlex
