@@ -25,6 +25,8 @@ VIEWS_PER_PICTURE = {"character": 100, "face": 100, "concept": 60, "style": 40}
 
 STEP_RANGE = (400, 6000)
 EPOCHS = 10
+LARGE_SET = 100
+"""Pictures from which on the guide speaks of a large set (RANK-RAISE)."""
 CLASS_WORD = {"character": "person", "face": "face", "style": "style", "concept": "object"}
 SAVES_PER_RUN = 8
 FULL_MODEL_PARAMETERS = 1_000_000_000
@@ -71,6 +73,7 @@ def derive(answers: Answers, scan: Scan, base: BaseModel, gpu: Gpu) -> Derivatio
     result.put("buckets", True, "BUCKET", "pictures of one size train together; nothing need be cropped by hand")
     _derive_optimizer(result, base, gpu)
     _derive_network(result, answers, scan, base, gpu)
+    _derive_noise(result, scan)
     _derive_memory(result, base, gpu)
     _derive_captions(result, answers)
     _derive_length(result, answers, scan)
@@ -137,9 +140,9 @@ def _derive_network(result: Derivation, answers: Answers, scan: Scan, base: Base
     if answers.look == "anime" and rank > 16:
         rank //= 2
         reasons.append("halved for anime, which is less complex than photographs")
-    if len(scan.pictures) >= 100:
+    if len(scan.pictures) >= LARGE_SET:
         rank = min(128, rank * 2)
-        reasons.append(f"doubled for {len(scan.pictures)} pictures (100 or more)")
+        reasons.append(f"doubled for {len(scan.pictures)} pictures ({LARGE_SET} or more)")
     targets, conv_rank = result.overrides.get("targets", "attention+ff"), result.overrides.get("conv_rank", 0)
     if base.num_unet_parameters > FULL_MODEL_PARAMETERS and gpu.vram_gib:
         wanted = rank
@@ -181,7 +184,6 @@ def _derive_optimizer(result: Derivation, base: BaseModel, gpu: Gpu) -> None:
     _derive_rate(result, base, result.value("optimizer"))
     result.put("text_encoder_learning_rate", 0.0, "LR", "the text encoders are not trained")
     result.put("warmup_ratio", 0.1, "WARMUP", "10 % of all steps; only constant_with_warmup uses it")
-    result.put("noise_offset", 0.0, "NOISE-OFFSET", "off, the guide's default; 0.05-0.15 helps very dark or bright sets")
 
 
 def _derive_rate(result: Derivation, base: BaseModel, optimizer: str) -> None:
@@ -210,6 +212,15 @@ def _derive_rate(result: Derivation, base: BaseModel, optimizer: str) -> None:
         result.put("scheduler", "constant", "OPT-ADAFACTOR", "Adafactor ignores it")
     else:
         result.put("scheduler", "constant_with_warmup", "SCHED", "constant after a warm-up, as the guide advises")
+
+
+def _derive_noise(result: Derivation, scan: Scan) -> None:
+    result.put("noise_offset", 0.0, "NOISE-OFFSET", "off, the guide's default; 0.05-0.15 helps very dark or bright sets")
+    result.put("multires_noise_iterations", 0, "NOISE-MULTIRES", "off, the guide's default; 6-10 is the other way to help them")
+    small = len(scan.pictures) < LARGE_SET
+    result.put("multires_noise_discount", 0.3 if small else 0.8, "NOISE-MULTIRES",
+               f"0.1-0.3 for a small set ({len(scan.pictures)} pictures), should iterations be above 0" if small
+               else "the guide's advice, should iterations be above 0")
 
 
 def _derive_captions(result: Derivation, answers: Answers) -> None:
@@ -288,6 +299,7 @@ def _warn(result: Derivation, answers: Answers, scan: Scan, base: BaseModel, gpu
         result.warn("ALPHA-HALF", f"alpha {result.value('alpha'):g} is above rank {result.value('rank')}: permitted, "
                                   f"likely to give an unexpected LoRA.")
     _warn_of_optimizer(result, result.value("optimizer"))
+    _warn_of_noise(result)
     needed_gib = _needed_gib(result, base, result.value("batch_size"), result.value("gradient_checkpointing"))
     if base.num_unet_parameters > FULL_MODEL_PARAMETERS and 0 < gpu.vram_gib < needed_gib:
         result.warn("COMMON", f"This run needs about {needed_gib:.1f} GiB of VRAM (base in 16 bits) and the card has "
@@ -296,6 +308,16 @@ def _warn(result: Derivation, answers: Answers, scan: Scan, base: BaseModel, gpu
         result.warn("COMMON", "There is no GPU here. A full-size SDXL takes minutes per step on a processor.")
     if gpu.note:
         result.warn("COMMON", gpu.note)
+
+
+def _warn_of_noise(result: Derivation) -> None:
+    offset, iterations = result.value("noise_offset"), result.value("multires_noise_iterations")
+    if offset and not 0.05 <= offset <= 0.15:
+        result.warn("NOISE-OFFSET", f"noise_offset is {offset:g}; 0.05 to 0.15 is recommended.")
+    if iterations and not 6 <= iterations <= 10:
+        result.warn("NOISE-MULTIRES", f"multires_noise_iterations is {iterations}; 6 to 10 is recommended.")
+    if offset and iterations:
+        result.warn("NOISE-OFFSET", "noise_offset and multires noise both shift the brightness; one of them is enough.")
 
 
 def class_word_for(answers: Answers) -> str:

@@ -85,8 +85,32 @@ class Plan:
                                     choices=PRECISIONS)
     gradient_checkpointing: bool = _setting("training", "Recompute activations: less VRAM, about a third slower", True)
     max_grad_norm: float = _setting("training", "Gradients are clipped to this norm; 0 = off", 1.0, low=0, high=1000)
-    noise_offset: float = _setting("training", "Shifts the noise per channel for dark or bright pictures; 0 = off", 0.0,
+
+    noise_offset: float = _setting("noise", "Shifts the noise per channel for dark or bright pictures; 0 = off", 0.0,
                                    low=0, high=1)
+    multires_noise_iterations: int = _setting("noise", "Adds coarser and coarser noise, this many times; 0 = off", 0,
+                                              low=0, high=64)
+    multires_noise_discount: float = _setting("noise", "What each coarser noise is multiplied by once more", 0.3,
+                                              low=0, high=1)
+    input_perturbation: float = _setting("noise", "Further noise that the U-Net sees but need not predict; 0 = off", 0.0,
+                                         low=0, high=1)
+    timestep_sampling: str = _setting("noise", "Which noise levels are trained: all alike, or the middle more often",
+                                      "uniform", choices=("uniform", "logit_normal"))
+    timestep_min: int = _setting("noise", "First noise level that is trained; 0 is the cleanest", 0, low=0, high=999)
+    timestep_max: int = _setting("noise", "The noise level to stop before; 1000 trains up to pure noise", 1000,
+                                 low=1, high=1000)
+    logit_mean: float = _setting("noise", "Centre of logit_normal: below 0 cleaner, above 0 noisier", 0.0, low=-10, high=10)
+    logit_std: float = _setting("noise", "Width of logit_normal", 1.0, low=0.01, high=10)
+
+    loss_type: str = _setting("loss", "l2, or a kind that single wild pixels pull less", "l2",
+                              choices=("l2", "huber", "smooth_l1"))
+    huber_c: float = _setting("loss", "Where huber and smooth_l1 turn from square to straight", 0.1, low=1e-4, high=10)
+    huber_schedule: str = _setting("loss", "How huber_c changes with the noise level", "snr",
+                                   choices=("constant", "exponential", "snr"))
+    loss_weighting: str = _setting("loss", "What the noise levels count: alike, less where the task is easy, or more where "
+                                   "it is hard", "none", choices=("none", "min_snr", "debiased"))
+    min_snr_gamma: float = _setting("loss", "Signal-to-noise ratio above which min_snr weighs less; 5 is usual", 5.0,
+                                    low=0.1, high=100)
 
     optimizer: str = _setting("optimizer", "The rule that turns gradients into learning", "AdamW8bit",
                               choices=OPTIMIZERS)
@@ -255,6 +279,12 @@ def _check_together(plan: Plan) -> None:
     if plan.optimizer not in ADAPTIVE_OPTIMIZERS and plan.learning_rate > 0.1:
         raise RequestError(f"learning_rate is {plan.learning_rate:g} with {plan.optimizer}; above 0.1 training falls apart. "
                            f"1e-4 is the usual start (a rate of 1 is for Prodigy and DAdaptAdam).")
+    if plan.timestep_min >= plan.timestep_max:
+        raise RequestError(f"timestep_min is {plan.timestep_min} and timestep_max {plan.timestep_max}: no noise level is left "
+                           f"to train. Set timestep_min below timestep_max; 0 and 1000 train all.")
+    if plan.loss_weighting == "debiased" and plan.zero_terminal_snr and plan.prediction_type == "epsilon":
+        raise RequestError("loss_weighting is debiased, which divides by the signal-to-noise ratio, and zero_terminal_snr "
+                           "makes that 0 at the last noise level. Set loss_weighting = \"min_snr\" or \"none\".")
     if plan.device == "cpu" and plan.mixed_precision == "fp16":
         raise RequestError("mixed_precision is fp16 with device cpu, which has no fast fp16. Set mixed_precision = \"no\".")
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from crumb.profiles.plan import Plan
+
 
 @pytest.fixture(scope="session", autouse=True)
 def private_folders(tmp_path_factory):
@@ -44,3 +46,11 @@ def photographs(tmp_path_factory) -> Path:
         if file.suffix in (".jpg", ".txt"):
             shutil.copy(file, folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def make_plan():
+    """A small plan with the settings that a test is about."""
+    required = {"name": "t", "created": "2026-01-01T00:00:00+00:00", "base_model": "base.safetensors", "images": "pictures",
+                "resolution": 128, "mixed_precision": "no", "optimizer": "AdamW", "device": "cpu"}
+    return lambda **settings: Plan(**required | settings)

@@ -38,10 +38,14 @@ SAMPLE_SUBJECTS = {
 
 def demo(options) -> int:
     """`crumb demo`."""
+    from rich.console import Console
+
     base = write_demo_base(cache_dir() / "demo")
     interview = plan_demo(base, demo_folder(options.subject), options)
-    print(f"This teaches a small packaged base model {TAUGHT[options.subject].format(count=len(interview.scan.pictures))}\n"
-          "Everything is real, only small and short: 128 pixels, and fewer steps than the rules give a set of your own.\n")
+    console = Console(highlight=False, markup=False)
+    taught = TAUGHT[options.subject].format(count=len(interview.scan.pictures))
+    console.print(f"This teaches a small packaged base model {taught} Everything is real, only small and short: 128 pixels, "
+                  f"and fewer steps than the rules give a set of your own.\n")
     print_plan(interview, SHOWN)
     print(flush=True)
     run = create_run(interview.plan.name, interview.toml())

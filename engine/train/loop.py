@@ -83,7 +83,7 @@ class Trainer:
             generator = step_generator(plan.seed, step, micro_step)
             noisy_latents, target, timesteps = draw(batch, plan, self.schedule, self.scaling_factor, generator)
             data_wait_s += time.perf_counter() - started
-            loss = forward_loss(self.unet, batch, noisy_latents, target, timesteps, self.placement)
+            loss = forward_loss(self.unet, batch, noisy_latents, target, timesteps, self.schedule, plan, self.placement).mean()
             self.scaler.scale(loss / plan.gradient_accumulation_steps).backward()
             loss_sum += loss.item()
             num_pictures += len(indices)

@@ -7,6 +7,9 @@ import hashlib
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+from crumb.profiles.plan import Plan
 
 NUM_TIMESTEPS = 1000
 BETA_START, BETA_END = 0.00085, 0.012
@@ -35,17 +38,39 @@ def step_generator(seed: int, step: int, micro_step: int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:7]))
 
 
-def sample_noise(shape: torch.Size, generator: torch.Generator, noise_offset: float) -> Tensor:
+def sample_noise(shape: torch.Size, generator: torch.Generator, plan: Plan) -> Tensor:
     """Gaussian noise; the offset adds a constant per picture and channel (NOISE-OFFSET; Guttenberg 2023)."""
     noise = torch.randn(shape, generator=generator)
-    if noise_offset:
-        noise += noise_offset * torch.randn(shape[0], shape[1], 1, 1, generator=generator)
+    if plan.noise_offset:
+        noise += plan.noise_offset * torch.randn(shape[0], shape[1], 1, 1, generator=generator)
+    if plan.multires_noise_iterations:
+        noise = add_coarse_noise(noise, plan.multires_noise_iterations, plan.multires_noise_discount, generator)
     return noise
 
 
-def sample_timesteps(batch_size: int, generator: torch.Generator) -> Tensor:
-    """(B,) int64, uniform over all 1000."""
-    return torch.randint(0, NUM_TIMESTEPS, (batch_size,), generator=generator)
+def add_coarse_noise(noise: Tensor, iterations: int, discount: float, generator: torch.Generator) -> Tensor:
+    """Adds noise of ever lower resolution, each picture's sum scaled back to a deviation of 1 (NOISE-MULTIRES; Whitaker 2023).
+
+    Iteration i is drawn at 1 / rⁱ of the size, r new each time between 2 and 4, and counts discountⁱ.
+    """
+    height, width = noise.shape[-2:]
+    for i in range(iterations):
+        shrink = (2 + 2 * torch.rand((), generator=generator).item()) ** i
+        size = max(1, int(height / shrink)), max(1, int(width / shrink))
+        coarse = torch.randn(*noise.shape[:2], *size, generator=generator)
+        noise = noise + discount**i * F.interpolate(coarse, (height, width), mode="bilinear", align_corners=False)
+        if size == (1, 1):
+            break
+    return noise / noise.std(dim=(1, 2, 3), keepdim=True)
+
+
+def sample_timesteps(batch_size: int, generator: torch.Generator, plan: Plan) -> Tensor:
+    """(B,) int64 from timestep_min to timestep_max - 1: uniform, or the sigmoid of a normal (Esser et al. 2024, eq. 19)."""
+    if plan.timestep_sampling == "uniform":
+        return torch.randint(plan.timestep_min, plan.timestep_max, (batch_size,), generator=generator)
+    places = torch.sigmoid(plan.logit_mean + plan.logit_std * torch.randn(batch_size, generator=generator))
+    timesteps = plan.timestep_min + (places * (plan.timestep_max - plan.timestep_min)).long()
+    return timesteps.clamp(max=plan.timestep_max - 1)  # a sigmoid can round to 1
 
 
 def add_noise(latents: Tensor, noise: Tensor, timesteps: Tensor, schedule: Tensor) -> Tensor:

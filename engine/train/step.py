@@ -14,15 +14,18 @@ def draw(batch: Batch, plan: Plan, schedule: Tensor, scaling_factor: float, gene
     """Latents, noise and timesteps of one pass, all on the CPU in fp32: (noisy_latents, target, timesteps)."""
     drawn = torch.randn(batch.latent_mean.shape, generator=generator)
     latents = (batch.latent_mean + batch.latent_std * drawn) * scaling_factor
-    noise = sample_noise(latents.shape, generator, plan.noise_offset)
-    timesteps = sample_timesteps(len(latents), generator)
-    noisy_latents = add_noise(latents, noise, timesteps, schedule)
+    noise = sample_noise(latents.shape, generator, plan)
+    timesteps = sample_timesteps(len(latents), generator, plan)
+    shown = noise
+    if plan.input_perturbation:  # the U-Net sees a little more noise than it must predict (Ning et al. 2023)
+        shown = noise + plan.input_perturbation * torch.randn(noise.shape, generator=generator)
+    noisy_latents = add_noise(latents, shown, timesteps, schedule)
     return noisy_latents, prediction_target(latents, noise, timesteps, schedule, plan.prediction_type), timesteps
 
 
-def forward_loss(unet, batch: Batch, noisy_latents: Tensor, target: Tensor, timesteps: Tensor,
+def forward_loss(unet, batch: Batch, noisy_latents: Tensor, target: Tensor, timesteps: Tensor, schedule: Tensor, plan: Plan,
                  placement: Placement) -> Tensor:
-    """The loss of one pass (scalar, fp32), with the graph for backward."""
+    """The loss of each picture of one pass, (B,) fp32, with the graph for backward."""
     device, dtype = placement.device, placement.dtype
     model_pred = unet(
         noisy_latents.to(device, dtype),
@@ -35,4 +38,4 @@ def forward_loss(unet, batch: Batch, noisy_latents: Tensor, target: Tensor, time
         },
         return_dict=False,
     )[0]
-    return diffusion_loss(model_pred, target.to(device))
+    return diffusion_loss(model_pred, target.to(device), timesteps, schedule, plan)

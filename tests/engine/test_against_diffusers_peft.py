@@ -50,7 +50,7 @@ def random_batch(generator):
     ("attention", "epsilon", False), ("attention+ff", "epsilon", False), ("attention+ff", "v_prediction", False),
     ("attention+ff+conv", "epsilon", False), ("attention+ff+conv", "v_prediction", False),
     ("attention+ff+conv", "epsilon", True)])
-def test_loss_and_gradients(tiny_base, diffusers_folder, targets, prediction_type, checkpointing):
+def test_loss_and_gradients(tiny_base, diffusers_folder, make_plan, targets, prediction_type, checkpointing):
     generator = torch.Generator().manual_seed(5)
     unet = load_unet(inspect_base_model(tiny_base), torch.float32)
     network = attach_lora(unet, targets, RANK, ALPHA, RANK, ALPHA, seed=1)
@@ -61,9 +61,10 @@ def test_loss_and_gradients(tiny_base, diffusers_folder, targets, prediction_typ
     batch, noise, timesteps = random_batch(generator)
     latents = batch.latent_mean
     schedule = alphas_cumprod(False)
-    loss = forward_loss(unet, batch, add_noise(latents, noise, timesteps, schedule),
-                        prediction_target(latents, noise, timesteps, schedule, prediction_type), timesteps,
-                        Placement(torch.device("cpu"), torch.float32, checkpointing))
+    target = prediction_target(latents, noise, timesteps, schedule, prediction_type)
+    placement = Placement(torch.device("cpu"), torch.float32, checkpointing)
+    loss = forward_loss(unet, batch, add_noise(latents, noise, timesteps, schedule), target, timesteps, schedule,
+                        make_plan(prediction_type=prediction_type), placement).mean()
     loss.backward()
 
     reference = UNet2DConditionModel.from_pretrained(diffusers_folder / "unet").requires_grad_(False)

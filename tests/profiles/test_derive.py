@@ -76,6 +76,17 @@ def test_other_optimizers_come_with_the_guides_settings():
         assert rule in [warning["rule"] for warning in derived(overrides=overrides).warnings], overrides
 
 
+def test_noise_is_off_and_its_ranges_are_the_guides():
+    assert (derived().value("noise_offset"), derived().value("multires_noise_iterations")) == (0.0, 0)
+    assert derived(num_pictures=20).value("multires_noise_discount") == 0.3
+    assert derived(num_pictures=150).value("multires_noise_discount") == 0.8
+    for overrides, rules in [({"noise_offset": 0.1}, []), ({"noise_offset": 0.3}, ["NOISE-OFFSET"]),
+                             ({"multires_noise_iterations": 8}, []), ({"multires_noise_iterations": 20}, ["NOISE-MULTIRES"]),
+                             ({"multires_noise_iterations": 8, "noise_offset": 0.1}, ["NOISE-OFFSET"])]:
+        warned = [warning["rule"] for warning in derived(overrides=overrides).warnings]
+        assert [rule for rule in warned if rule.startswith("NOISE")] == rules, overrides
+
+
 def test_prodigy_with_warmup_gets_an_epoch_more():
     plain = derived("RTX 4090")
     warm = derived("RTX 4090", overrides={"scheduler": "constant_with_warmup"})
