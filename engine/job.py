@@ -5,7 +5,7 @@ import json
 import logging
 import signal
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib.metadata import version
 
@@ -26,10 +26,12 @@ from crumb.engine.run.status import Status
 from crumb.engine.train.checkpoint import (
     checkpoint_name,
     load_checkpoint,
+    lora_in_checkpoint,
     prune_checkpoints,
     restore,
     save_checkpoint,
 )
+from crumb.engine.train.judge import judge
 from crumb.engine.train.loop import Trainer
 from crumb.engine.train.noise import alphas_cumprod
 from crumb.engine.train.optimizer import make_optimizer
@@ -38,6 +40,7 @@ from crumb.profiles.base_model import BaseModel
 from crumb.profiles.errors import CrumbError, RequestError
 from crumb.profiles.plan import Plan, load_plan
 from crumb.profiles.preflight import preflight
+from crumb.profiles.verdict import Judged, best_of, verdict
 
 log = logging.getLogger("crumb")
 
@@ -45,8 +48,8 @@ SMALL_UNET_PARAMETERS = 100_000_000
 
 CHANGEABLE = {
     "name", "created", "gradient_checkpointing", "cache_latents", "vae_tiling", "vram_gib", "skip_broken", "save_precision",
-    "save_every", "keep_checkpoints", "sample_every", "sample_prompts", "sample_steps", "sample_guidance", "images",
-    "base_model", "vae",
+    "save_every", "keep_checkpoints", "judge_every", "sample_every", "sample_prompts", "sample_steps", "sample_guidance",
+    "images", "base_model", "vae",
 }
 """Settings that don't change what is learned, or whose content is compared by its own hash."""
 
@@ -64,6 +67,7 @@ class Job:
     training_set: TrainingSet
     trainer: Trainer
     belongs_to: dict[str, str]
+    history: list[Judged] = field(default_factory=list)
 
     @property
     def events(self) -> EventWriter:
@@ -127,7 +131,8 @@ def _assemble(run: RunDirectory, plan: Plan, base: BaseModel, placement: Placeme
     if found:
         state, tensors = found
         restore(state, tensors, network, optimizer, scaler)
-        step, trainer.loss_smoothed = state["step"], state.get("loss_smoothed")
+        step, trainer.loss_smoothed = state["step"], state["progress"]["loss_smoothed"]
+        job.history = [Judged(**judged) for judged in state["progress"]["judged"]]
     status.update(step=step)
     events.emit("started", pid=status.pid, device=_device_name(placement), step=step, steps=plan.steps,
                 versions={name: version(name) for name in VERSIONS})
@@ -144,8 +149,10 @@ def _train(job: Job, step: int) -> int:
     wants_stop = _catch_signals()
     trainer.status.update(state="training", phase="train", step=step)
     events.emit("phase", phase="train")
-    if step == 0 and plan.sample_every:
-        _sample(job, 0)
+    if step == 0:
+        _judge(job, 0)
+        if plan.sample_every:
+            _sample(job, 0)
     while step < plan.steps:
         if wants_stop() or take_request(job.run, "stop"):
             break
@@ -153,19 +160,36 @@ def _train(job: Job, step: int) -> int:
         step += 1
         trainer.status.update(step=step)
         last = step == plan.steps
-        if take_request(job.run, "save") or (plan.save_every and step % plan.save_every == 0 and not last):
+        is_best = _judge(job, step) if last or (plan.judge_every and step % plan.judge_every == 0) else False
+        if take_request(job.run, "save") or (not last and (is_best or (plan.save_every and step % plan.save_every == 0))):
             _save(job, step)
         if take_request(job.run, "sample") or (plan.sample_every and (step % plan.sample_every == 0 or last)):
             _sample(job, step)
     return step
 
 
+def _judge(job: Job, step: int) -> bool:
+    """Measures on fixed noise and says how the run is going; returns whether this is the best step so far."""
+    trainer = job.trainer
+    trainer.status.update(phase="judge")
+    job.events.emit("phase", phase="judge")
+    job.history.append(judge(trainer.unet, job.training_set, job.plan, job.placement, trainer.schedule,
+                             trainer.scaling_factor, step))
+    judged, is_best = job.history[-1], best_of(job.history) is job.history[-1]
+    job.events.emit("judged", **asdict(judged), best=is_best, **asdict(verdict(job.history, job.plan.steps)))
+    job.events.emit("phase", phase="train")
+    trainer.status.update(phase="train")
+    return is_best
+
+
 def _save(job: Job, step: int) -> None:
     trainer = job.trainer
     trainer.status.update(state="saving")
-    folder = save_checkpoint(job.run, step, trainer.network, trainer.optimizer, trainer.scaler, job.belongs_to,
-                             trainer.loss_smoothed, job.plan.save_precision, _metadata(job, step))
-    prune_checkpoints(job.run, job.plan.keep_checkpoints)
+    progress = {"loss_smoothed": trainer.loss_smoothed, "judged": [asdict(judged) for judged in job.history]}
+    folder = save_checkpoint(job.run, step, trainer.network, trainer.optimizer, trainer.scaler, job.belongs_to, progress,
+                             job.plan.save_precision, _metadata(job, step))
+    best = best_of(job.history)
+    prune_checkpoints(job.run, job.plan.keep_checkpoints, best.step if best else None)
     job.events.emit("saved", step=step, path=str(folder.relative_to(job.run.path)), kind="checkpoint")
     trainer.status.update(state="training")
 
@@ -203,14 +227,26 @@ def _finish(job: Job, seconds: float) -> None:
     if all(samples):
         contact_sheet(list(zip(*samples)), run.path / f"{run.name}.png")
     job.events.emit("saved", step=plan.steps, path=run.result.name, kind="result")
+    _keep_best(job)
     peak = torch.cuda.max_memory_reserved() if job.placement.device.type == "cuda" else None
     job.events.emit("finished", step=plan.steps, path=run.result.name, seconds=round(seconds, 1), vram_peak_bytes=peak)
 
 
+def _keep_best(job: Job) -> None:
+    """The file of the lowest held-out loss beside the last one, as NAME-best, where they are not the same."""
+    best = best_of(job.history)
+    if best is None or best.step == job.plan.steps or not lora_in_checkpoint(job.run, best.step).exists():
+        return
+    path = job.run.result.with_stem(f"{job.run.name}-best")
+    write_atomic(path, lora_in_checkpoint(job.run, best.step).read_bytes())
+    job.events.emit("saved", step=best.step, path=path.name, kind="best")
+
+
 def _metadata(job: Job, step: int) -> dict[str, str]:
     training_set = job.training_set
-    return lora_metadata(job.plan, training_set.base_sha256, training_set.pictures, training_set.crops,
-                         training_set.captions, step)
+    pictures, crops, captions = ([of_all[index] for index in training_set.trained]
+                                 for of_all in (training_set.pictures, training_set.crops, training_set.captions))
+    return lora_metadata(job.plan, training_set.base_sha256, pictures, crops, captions, step)
 
 
 def _catch_signals():

@@ -5,6 +5,7 @@ here changes a picture or a caption.
 """
 
 import os
+import random
 import re
 import threading
 import warnings
@@ -122,6 +123,14 @@ def caption_for(picture: Picture, trigger: str, class_word: str) -> str:
     if not trigger or re.search(rf"(?<!\w){re.escape(trigger)}(?!\w)", picture.caption, re.IGNORECASE):
         return picture.caption
     return f"{trigger}, {picture.caption}"
+
+
+def held_out_indices(num_pictures: int, num_held_out: int, seed: int) -> list[int]:
+    """Which pictures are kept from training, in order. RequestError where none would be left to train on."""
+    if num_held_out >= num_pictures:
+        raise RequestError(f"held_out_pictures is {num_held_out} of {num_pictures} pictures: none is left to train on. "
+                           f"Set it to {num_pictures // 10} or so; 0 holds none out.")
+    return sorted(random.Random(f"crumb held out {seed}").sample(range(num_pictures), num_held_out))
 
 
 def open_picture(source: Path | BinaryIO) -> "Image.Image":

@@ -12,7 +12,7 @@ from typing import Any
 from crumb.profiles.answers import Answers
 from crumb.profiles.base_model import BaseModel
 from crumb.profiles.buckets import Crop, assign, steps_per_epoch
-from crumb.profiles.dataset import Picture, Scan
+from crumb.profiles.dataset import Picture, Scan, held_out_indices
 from crumb.profiles.hardware import Gpu
 from crumb.profiles.plan import ADAPTIVE_OPTIMIZERS
 from crumb.profiles.vram import estimate_vram_gib
@@ -31,6 +31,7 @@ CLASS_WORD = {"character": "person", "face": "face", "style": "style", "concept"
 SAVES_PER_RUN = 8
 FULL_MODEL_PARAMETERS = 1_000_000_000
 MIN_FITTED_RANK = 8
+MIN_SPARING, MAX_HELD_OUT = 40, 16
 SMALL_BASE_BATCH = 4
 SMALL_BASE_RATE = 1e-3
 
@@ -76,6 +77,7 @@ def derive(answers: Answers, scan: Scan, base: BaseModel, gpu: Gpu) -> Derivatio
     _derive_noise(result, scan)
     _derive_memory(result, base, gpu)
     _derive_captions(result, answers)
+    _derive_held_out(result, scan)
     _derive_length(result, answers, scan)
     for name in answers.overrides:
         if name not in result.values:
@@ -231,10 +233,21 @@ def _derive_captions(result: Derivation, answers: Answers) -> None:
                else f"for tagging tools: a {answers.subject} set needs no detailed tags; cap their number")
 
 
+def _derive_held_out(result: Derivation, scan: Scan) -> None:
+    num_pictures = len(scan.pictures)
+    if num_pictures < MIN_SPARING:
+        result.put("held_out_pictures", 0, "OVERFIT", f"{num_pictures} pictures can spare none ({MIN_SPARING} could)")
+        return
+    held_out = min(MAX_HELD_OUT, num_pictures // 20)
+    result.put("held_out_pictures", held_out, "OVERFIT", "a twentieth, only measured: their loss rises when the run overfits")
+
+
 def _derive_length(result: Derivation, answers: Answers, scan: Scan) -> None:
     """repeats, epochs and steps from how often each picture should be seen; then what is measured in steps."""
     low, high = (bound * result.value("batch_size") for bound in STEP_RANGE)
-    num_weighted = sum(picture.repeats for picture in scan.pictures)
+    held_out = set(held_out_indices(len(scan.pictures), result.value("held_out_pictures"), result.overrides.get("seed", 42)))
+    pictures = [picture for index, picture in enumerate(scan.pictures) if index not in held_out]
+    num_weighted = sum(picture.repeats for picture in pictures)
     views = round(min(max(VIEWS_PER_PICTURE[answers.subject] * num_weighted, low), high) / num_weighted) or 1
     result.put("repeats", max(1, round(views / EPOCHS)), "COMMON", f"each picture is seen about {views} times in all")
     repeats = result.value("repeats")
@@ -246,11 +259,11 @@ def _derive_length(result: Derivation, answers: Answers, scan: Scan) -> None:
     epochs = result.value("epochs")
 
     batch_size, accumulation = result.value("batch_size"), result.overrides.get("gradient_accumulation_steps", 1)
-    num_batches = batches_per_epoch(scan.pictures, repeats, result.value("resolution"), result.value("buckets"),
+    num_batches = batches_per_epoch(pictures, repeats, result.value("resolution"), result.value("buckets"),
                                     result.overrides.get("upscale", False), batch_size)
     steps = math.ceil(num_batches * epochs / accumulation)
     accumulated = f" / {accumulation} accumulated" if accumulation > 1 else ""
-    result.put("steps", steps, "COMMON", f"{len(scan.pictures)} pictures x {repeats} repeats / batch {batch_size} = "
+    result.put("steps", steps, "COMMON", f"{len(pictures)} pictures x {repeats} repeats / batch {batch_size} = "
                                          f"{num_batches} batches per epoch x {epochs} epochs{accumulated} = {steps}")
     if "steps" in result.overrides:
         steps = result.value("steps")
@@ -258,6 +271,7 @@ def _derive_length(result: Derivation, answers: Answers, scan: Scan) -> None:
         result.put("epochs", epochs, "COMMON", f"{steps} steps are about {epochs} epochs of {num_batches} batches")
     every = _round_nicely(steps / SAVES_PER_RUN)
     result.put("save_every", every, "COMMON", f"{steps // every} times in {steps} steps, at round numbers")
+    result.put("judge_every", result.value("save_every"), "LOSS", "each checkpoint's loss on fixed noise is measured")
     result.put("sample_every", every, "COMMON", "sample pictures with each checkpoint")
 
 

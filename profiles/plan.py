@@ -68,6 +68,8 @@ class Plan:
     upscale: bool = _setting("data", "Enlarge pictures that are smaller than their bucket", False)
     repeats: int = _setting("data", "Times each picture is seen per epoch; below a folder named N_name, N times that", 1,
                             low=1, high=10_000)
+    held_out_pictures: int = _setting("data", "Pictures that are only measured, never trained on; they show overfitting", 0,
+                                      low=0, high=1000)
     skip_broken: bool = _setting("data", "Train without the pictures that can't be read", False)
 
     method: str = _setting("network", "What is trained", "lora", choices=("lora",))
@@ -128,6 +130,8 @@ class Plan:
                                    choices=("float", "fp16", "bf16"))
     save_every: int = _setting("output", "Steps between checkpoints; 0 = only at the end", 250, low=0, high=1_000_000)
     keep_checkpoints: int = _setting("output", "How many of the newest checkpoints to keep", 3, low=1, high=1000)
+    judge_every: int = _setting("output", "Steps between measurements on fixed noise; 0 = only first and last", 250, low=0,
+                                high=1_000_000)
     sample_every: int = _setting("output", "Steps between sample pictures; 0 = none", 250, low=0, high=1_000_000)
     sample_prompts: list = _setting("output", "One picture is made of each", [])
     sample_steps: int = _setting("output", "Denoising steps per sample picture", 20, low=1, high=200)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from crumb.engine.run.demo import demo_folder, write_demo_base
 from crumb.engine.run.directory import RunDirectory, create_run, read_state
+from crumb.engine.run.events import read_events
 from crumb.profiles.answers import Answers
 from crumb.profiles.derive import Derived
 from crumb.profiles.interview import Interview, check_override, conclude
@@ -18,7 +19,7 @@ from crumb.wizard.planning import print_plan
 PICTURES_CELLS = 76
 # What keeps the demo within three minutes on two cores; a set of one's own trains as long as the rules say.
 STEPS = {"style": 300, "character": 200}
-SAMPLE_EVERY = 150
+SAMPLE_EVERY, SAVE_EVERY = 150, 50
 # The base learned its pictures well and wants little guidance; more burns them in.
 GUIDANCE = 3.0
 
@@ -60,7 +61,7 @@ def plan_demo(base: Path, pictures: Path, options) -> Interview:
     prompts = [f"{TRIGGER}, {subject}" for subject in SAMPLE_SUBJECTS[options.subject]]
     steps = check_override("steps", options.steps) if options.steps else STEPS[options.subject]
     overrides = {"sample_prompts": prompts, "steps": steps, "sample_every": SAMPLE_EVERY,
-                 "sample_guidance": GUIDANCE}
+                 "save_every": SAVE_EVERY, "sample_guidance": GUIDANCE}
     interview = conclude(Answers(images=str(pictures), base=str(base), subject=options.subject, trigger=TRIGGER,
                                  name=unused_name("demo"), overrides=overrides))
     if not options.steps:
@@ -84,11 +85,20 @@ def show_outcome(run: RunDirectory, options) -> None:
         shown = can_show_pictures(console, options.ascii)
         console.print((graphics(sheet, width) if shown else None) or before_after(columns, width, options.ascii))
         print(f"In full: {sheet}")
+    say_held_out(run)
     print(f"\nYour LoRA: {run.result}")
     print("\nWith your own pictures, either of these:\n"
           "  crumb\n"
           "  crumb plan --images DIR --base SDXL.safetensors --subject character --trigger WORD")
     print(f"Check any LoRA with:  crumb verify {shlex.quote(str(run.result))}")
+
+
+def say_held_out(run: RunDirectory) -> None:
+    """How the loss fell on pictures that were kept from training."""
+    judged = [event for event in read_events(run.events)[0] if event["type"] == "judged"]
+    if judged and judged[-1]["held_out_loss"] is not None:
+        print(f"\nLoss on pictures it was never shown: {judged[0]['held_out_loss']:.3f} before, "
+              f"{judged[-1]['held_out_loss']:.3f} after.")
 
 
 def sample_pairs(run: RunDirectory, labels: list[str]) -> list[tuple[str, Path, Path]]:

@@ -22,7 +22,7 @@ from crumb.engine.model.text import encode_prompts
 from crumb.engine.run.events import EventWriter
 from crumb.profiles.base_model import BaseModel, fingerprint
 from crumb.profiles.buckets import Crop, steps_per_epoch
-from crumb.profiles.dataset import Picture, Scan, caption_for
+from crumb.profiles.dataset import Picture, Scan, caption_for, held_out_indices
 from crumb.profiles.derive import plan_crops
 from crumb.profiles.errors import CrumbError
 from crumb.profiles.paths import cache_dir
@@ -55,7 +55,14 @@ class TrainingSet:
     latent_paths: list[Path]
     prompt_paths: dict[str, Path]
     buckets: dict[tuple[int, int], list[int]]
+    held_out: list[int]
+    """Indices of pictures that are measured and never trained on; in no bucket."""
     base_sha256: str
+
+    @property
+    def trained(self) -> list[int]:
+        """Indices of the pictures that are trained on."""
+        return [index for index in range(len(self.pictures)) if index not in self.held_out]
 
     def num_batches(self, batch_size: int) -> int:
         """Batches in one epoch."""
@@ -116,9 +123,11 @@ def prepare(plan: Plan, base: BaseModel, scan: Scan, placement: Placement, event
         on_progress=progress("cache captions"),
     )
     buckets = defaultdict(list)
+    held_out = held_out_indices(len(scan.pictures), plan.held_out_pictures, plan.seed)
     for index, (picture, crop) in enumerate(zip(scan.pictures, crops)):
-        buckets[crop.width, crop.height] += [index] * (picture.repeats * plan.repeats)
-    return TrainingSet(scan.pictures, crops, captions, latent_paths, prompt_paths, dict(buckets), base_sha256)
+        if index not in held_out:
+            buckets[crop.width, crop.height] += [index] * (picture.repeats * plan.repeats)
+    return TrainingSet(scan.pictures, crops, captions, latent_paths, prompt_paths, dict(buckets), held_out, base_sha256)
 
 
 @lru_cache(NUM_ENTRIES_IN_MEMORY)

@@ -31,23 +31,31 @@ def checkpoint_name(step: int) -> str:
     return f"step-{step:06d}"
 
 
+def lora_in_checkpoint(run: RunDirectory, step: int) -> Path:
+    """The LoRA file of a checkpoint."""
+    name = checkpoint_name(step)
+    return run.checkpoints / name / f"{run.name}-{name}.safetensors"
+
+
 def save_checkpoint(run: RunDirectory, step: int, network: Network, optimizer: Optimizer, scaler: torch.amp.GradScaler,
-                    belongs_to: dict[str, str], loss_smoothed: float | None, save_precision: str,
+                    belongs_to: dict[str, str], progress: dict[str, Any], save_precision: str,
                     metadata: dict[str, str]) -> Path:
-    """Writes the checkpoint of a finished step and returns its folder. `belongs_to` names plan and base by hash."""
+    """Writes the checkpoint of a finished step and returns its folder.
+
+    `belongs_to` names plan and base by hash; `progress` is what else a resumed run goes on with, as JSON.
+    """
     folder = run.checkpoints / checkpoint_name(step)
     aside = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(mode=0o700)
     try:
-        save_lora(aside / f"{run.name}-{folder.name}.safetensors", network, save_precision, metadata)
+        save_lora(aside / lora_in_checkpoint(run, step).name, network, save_precision, metadata)
         optimizer_tensors, optimizer_numbers = pack_optimizer(optimizer)
         weights = {f"{stem}.{name}": getattr(layer, name).detach()
                    for stem, layer in network.layers.items() for name in ("lora_A", "lora_B")}
         write_safetensors(aside / "state.safetensors", weights | optimizer_tensors, {})
         state = {"step": step, "scaler": scaler.state_dict(), "optimizer": optimizer_numbers, "belongs_to": belongs_to,
-                 "loss_smoothed": loss_smoothed,
-                 "sha256": hashlib.sha256((aside / "state.safetensors").read_bytes()).hexdigest()}
+                 "progress": progress, "sha256": hashlib.sha256((aside / "state.safetensors").read_bytes()).hexdigest()}
         write_atomic(aside / "state.json", json.dumps(state).encode())
     except OSError:
         shutil.rmtree(aside, ignore_errors=True)  # half a checkpoint would keep a full disk full
@@ -92,12 +100,13 @@ def restore(state: dict, tensors: dict[str, Tensor], network: Network, optimizer
     scaler.load_state_dict(state["scaler"])
 
 
-def prune_checkpoints(run: RunDirectory, keep: int) -> None:
-    """Deletes all but the newest `keep`, and what a killed engine left half written."""
+def prune_checkpoints(run: RunDirectory, keep: int, best_step: int | None = None) -> None:
+    """Deletes all but the newest `keep` and the best, and what a killed engine left half written."""
     for leftover in run.checkpoints.glob(".step-*.part"):
         shutil.rmtree(leftover, ignore_errors=True)
     for folder in sorted(run.checkpoints.glob("step-*"))[:-keep]:
-        shutil.rmtree(folder, ignore_errors=True)
+        if best_step is None or folder.name != checkpoint_name(best_step):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def pack_optimizer(optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -25,7 +25,7 @@ from crumb.profiles.base_model import inspect_base_model
 
 STEPS = 30
 COMMON = ["--subject", "style", "--gpu", "cpu", "--trigger", "crumbtest", "--set", f"steps={STEPS}", "--set", "rank=4",
-          "--set", "alpha=2", "--set", "sample_every=0", "--set", "save_every=10"]
+          "--set", "alpha=2", "--set", "sample_every=0", "--set", "save_every=10", "--set", "held_out_pictures=1"]
 
 
 def crumb(*arguments, **environment):
@@ -55,10 +55,26 @@ def test_events_tell_the_whole_story(straight):
     events, _ = read_events(straight.events)
     types = [event["type"] for event in events]
     assert types.count("picture") == 6 and types.count("step") == STEPS and types[-1] == "finished"
-    assert [e["step"] for e in events if e["type"] == "saved"] == [10, 20, STEPS]
+    assert [e["step"] for e in events if e["type"] == "saved" and e["kind"] != "best"] == [10, 20, STEPS]
     assert json.loads(straight.state.read_text())["state"] == "done"
     losses = [event["loss"] for event in events if event["type"] == "step"]
     assert sum(losses[-10:]) < sum(losses[:10])
+
+
+def test_every_judging_is_told_and_the_best_is_kept(straight):
+    events, _ = read_events(straight.events)
+    judged = [event for event in events if event["type"] == "judged"]
+    assert [event["step"] for event in judged] == [0, 10, 20, STEPS]
+    assert judged[-1]["training_loss"] < judged[0]["training_loss"] and judged[-1]["word"] and judged[-1]["basis"]
+    best = min(judged[1:], key=lambda event: event["held_out_loss"])
+    assert [event["step"] for event in judged if event["best"]][-1] == best["step"]
+    kept = straight.result.with_stem(f"{straight.name}-best")
+    assert kept.exists() == (best["step"] != STEPS)
+    if kept.exists():
+        assert kept.read_bytes() == (straight.checkpoints / f"step-{best['step']:06d}" / f"{straight.name}-step-"
+                                     f"{best['step']:06d}.safetensors").read_bytes()
+    metadata = safe_open(straight.result, "pt").metadata()
+    assert metadata["ss_num_train_images"] == str(5 * int(json.loads(metadata["ss_dataset_dirs"]).popitem()[1]["n_repeats"]))
 
 
 def test_diffusers_renders_the_saved_change_exactly(straight, tiny_base):
@@ -163,6 +179,9 @@ def test_kill_9_after_a_checkpoint_then_resume_gives_the_same_bytes(plan, straig
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     starts = [event["step"] for event in read_events(run.events)[0] if event["type"] == "started"]
     assert starts == [0, 10]
+    told = {event["step"]: event["held_out_loss"] for event in read_events(run.events)[0] if event["type"] == "judged"}
+    assert told == {event["step"]: event["held_out_loss"] for event in read_events(straight.events)[0]
+                    if event["type"] == "judged"}
     assert run.result.read_bytes() == straight.result.read_bytes()
 
 

@@ -26,7 +26,7 @@ def test_demo_plans_are_derived_and_ask_for_what_the_style_set_lacks(tmp_path, s
     interview.answers.overrides.clear()
     derived = conclude(interview.answers, interview.scan).plan
     assert {name for name in vars(plan) if getattr(plan, name) != getattr(derived, name)} <= {
-        "sample_prompts", "created", "steps", "save_every", "sample_every", "sample_guidance"}
+        "sample_prompts", "created", "steps", "save_every", "judge_every", "sample_every", "sample_guidance"}
 
 
 def test_before_and_after_are_the_first_and_the_last_picture_of_each_prompt(tmp_path):

@@ -14,6 +14,7 @@ from crumb.wizard.dashboard.figures import clock, counted, figure, file_size, gi
 from crumb.wizard.dashboard.loss_plot import DOT_STYLE, LINE_STYLE
 from crumb.wizard.dashboard.state import DashboardState, Remark, clean
 
+VERDICT_STYLES = {"learning": "green", "fitted": "green", "overfitting": "yellow", "not learning": "yellow"}
 REMARK_STYLES = {"plain": "", "good": "green", "warning": "yellow", "error": "bold red"}
 
 
@@ -29,7 +30,7 @@ class RunFacts:
 
 
 def numbers_narrow(state: DashboardState, width: int) -> list[Text]:
-    """Two lines."""
+    """Two lines, and a third once something was measured on fixed noise."""
     loss, rest = Text(" "), Text(" ")
     loss.append("loss ", "dim").append(figure(state.smoothed_loss), "bold")
     loss.append(f"  last {figure(state.last_loss)}  best {figure(state.best_loss)}")
@@ -40,7 +41,7 @@ def numbers_narrow(state: DashboardState, width: int) -> list[Text]:
     rest.append("   data wait ", "dim").append(percent(state.data_wait_share))
     if state.num_skipped:
         rest.append(f"   {counted(state.num_skipped, 'step')} dropped", "yellow")
-    return [loss, rest]
+    return [loss, rest, *judged_narrow(state)]
 
 
 def numbers_wide(state: DashboardState) -> list[Text]:
@@ -57,7 +58,34 @@ def numbers_wide(state: DashboardState) -> list[Text]:
     ]
     if state.num_skipped:
         lines.append(pair("dropped", f"{counted(state.num_skipped, 'step')} (not a number)", "yellow"))
-    return lines
+    return lines + judged_wide(state)
+
+
+def judged_narrow(state: DashboardState) -> list[Text]:
+    """Losses on fixed noise, first -> last, and the verdict in a word."""
+    if not state.judged:
+        return []
+    first, last = state.judged[0], state.judged[-1]
+    line = Text(" ", no_wrap=True).append("fixed noise ", "dim").append(_fall(first.training, last.training))
+    if last.held_out is not None:
+        line.append("   held-out ", "dim").append(_fall(first.held_out, last.held_out), "bold")
+    if state.verdict:
+        line.append("   ").append(state.verdict, VERDICT_STYLES.get(state.verdict, ""))
+    return [line]
+
+
+def judged_wide(state: DashboardState) -> list[Text]:
+    if not state.judged:
+        return []
+    first, last = state.judged[0], state.judged[-1]
+    lines = [pair("fixed noise", _fall(first.training, last.training))]
+    if last.held_out is not None:
+        lines.append(pair("held-out", _fall(first.held_out, last.held_out), "bold"))
+    return [*lines, pair("verdict", state.verdict, VERDICT_STYLES.get(state.verdict, ""))] if state.verdict else lines
+
+
+def _fall(first: float | None, last: float) -> str:
+    return f"{figure(first)} > {figure(last)}"
 
 
 def gpu_narrow(state: DashboardState, facts: RunFacts) -> list[Text]:
@@ -98,6 +126,7 @@ def result_lines(state: DashboardState, name: str, width: int, now: float, facts
     lines += [pair("trigger", clean(facts.trigger))] if facts.trigger else []
     lines.append(pair("took", f"{clock(state.elapsed_s(now))}, peak VRAM {gib(state.vram_peak_bytes)}, "
                               f"loss {figure(state.smoothed_loss)} smoothed (best {figure(state.best_loss)})"))
+    lines += verdict_lines(state, width)
     if state.num_warnings or state.num_skipped:
         lines.append(pair("notes", f"{counted(state.num_warnings, 'warning')}, "
                                    f"{counted(state.num_skipped, 'step')} dropped", "yellow"))
@@ -108,6 +137,17 @@ def result_lines(state: DashboardState, name: str, width: int, now: float, facts
     return [*lines, rule("how to use it", width, ascii),
             pair("ComfyUI", "copy it to models/loras, add a Load LoRA node"),
             pair("A1111/Forge", f"copy it to models/Lora, write <lora:{clean(name)}:1> in the prompt")]
+
+
+def verdict_lines(state: DashboardState, width: int) -> list[Text]:
+    """What the losses on fixed noise say of the run, what it rests on, and what to do about it."""
+    if not state.verdict_basis:
+        return []
+    word = f"{state.verdict}: " if state.verdict else ""
+    wrapped = Text(f"{word}{state.verdict_basis}. {state.remedy}".strip()).wrap(Console(width=width), max(10, width - 14))
+    lines = [pair("verdict" if number == 0 else "", line.plain) for number, line in enumerate(wrapped)]
+    lines[0].highlight_words([state.verdict] if state.verdict else [], VERDICT_STYLES.get(state.verdict, ""))
+    return lines
 
 
 def trouble_lines(state: DashboardState, words: str, name: str, width: int, ascii: bool) -> list[Text]:

@@ -13,6 +13,9 @@ from typing import Any, NamedTuple
 MAX_POINTS = 4000
 """Loss points kept; when there are more, every second one goes."""
 
+WHILE_TRAINING = ("", "train", "judge", "sample", "save")
+"""Phases in which the bar counts steps."""
+
 PHASE_WORDS = {
     "scan": "reading the pictures",
     "hash": "checking the base model",
@@ -20,6 +23,7 @@ PHASE_WORDS = {
     "cache captions": "encoding captions",
     "load": "loading the base model",
     "train": "training",
+    "judge": "measuring on fixed noise",
     "sample": "drawing sample pictures",
     "save": "saving",
 }
@@ -31,6 +35,14 @@ class LossPoint(NamedTuple):
     step: int
     raw: float | None
     smoothed: float | None
+
+
+class JudgedPoint(NamedTuple):
+    """Losses on fixed noise after a step; held_out is None where no picture is held out."""
+
+    step: int
+    training: float
+    held_out: float | None
 
 
 class Remark(NamedTuple):
@@ -61,6 +73,11 @@ class DashboardState:
     last_loss: float | None = None
     smoothed_loss: float | None = None
     best_loss: float | None = None
+
+    judged: list[JudgedPoint] = field(default_factory=list)
+    verdict: str = ""
+    remedy: str = ""
+    verdict_basis: str = ""
 
     learning_rate: float | None = None
     grad_norm: float | None = None
@@ -106,7 +123,7 @@ class DashboardState:
         """Time to the last step at the recent speed, or to the end of a phase that counts its progress."""
         if self.outcome:
             return None
-        if self.phase not in ("", "train", "sample", "save") and self.progress and self.phase_since is not None:
+        if self.phase not in WHILE_TRAINING and self.progress and self.phase_since is not None:
             done, total = self.progress
             return (now - self.phase_since) / done * max(0, total - done) if done else None
         if len(self.recent_seconds) < 3 or not self.steps:
@@ -156,6 +173,7 @@ def _rewind(state: DashboardState, step: int) -> None:
     state.smoothed_loss = smoothed[-1] if smoothed else None
     state.last_loss = raw[-1] if raw else None
     state.num_skipped = sum(point.raw is None for point in state.points)
+    state.judged = [judged for judged in state.judged if judged.step <= step]
 
 
 def _phase(state: DashboardState, event: dict, when: float) -> None:
@@ -166,7 +184,7 @@ def _phase(state: DashboardState, event: dict, when: float) -> None:
     if phase == "train":
         # Sample pictures are drawn between two steps: the wait for the next one starts when they are done.
         state.last_step_time = when
-    if phase not in ("train", "sample", "save"):
+    if phase not in WHILE_TRAINING:
         _remark(state, when, "plain", PHASE_WORDS.get(phase, clean(phase)))
 
 
@@ -226,6 +244,19 @@ def _keep_point(state: DashboardState, point: LossPoint, always: bool) -> None:
         state.stride *= 2
 
 
+def _judged(state: DashboardState, event: dict, when: float) -> None:
+    step = int(event.get("step") or 0)
+    training, held_out = finite(event.get("training_loss")), finite(event.get("held_out_loss"))
+    state.verdict, state.remedy = clean(event.get("word") or ""), clean(event.get("remedy") or "")
+    state.verdict_basis = clean(event.get("basis") or "")
+    if training is None:
+        return
+    state.judged.append(JudgedPoint(step, training, held_out))
+    held = "" if held_out is None else f", held-out {held_out:.4f}{' (best)' if event.get('best') else ''}"
+    words = f"on fixed noise at step {step}: training {training:.4f}{held}"
+    _remark(state, when, "plain", f"{words}: {state.verdict}" if state.verdict else words)
+
+
 def _sample(state: DashboardState, event: dict, when: float) -> None:
     step, paths = int(event.get("step") or 0), [clean(path) for path in event.get("paths") or []]
     state.samples.append((step, paths))
@@ -240,6 +271,8 @@ def _saved(state: DashboardState, event: dict, when: float) -> None:
     if event.get("kind") == "result":
         state.result = path
         _remark(state, when, "good", f"LoRA file saved: {path}")
+    elif event.get("kind") == "best":
+        _remark(state, when, "good", f"best held-out loss was at step {step}, saved beside it: {path}")
     else:
         _remark(state, when, "good", f"checkpoint saved: {path}")
 
@@ -266,6 +299,8 @@ def _finished(state: DashboardState, event: dict, when: float) -> None:
     state.result = clean(event.get("path") or state.result)
     peak = finite(event.get("vram_peak_bytes"))
     state.vram_peak_bytes = peak if peak is not None else state.vram_peak_bytes
+    if state.verdict:
+        _remark(state, when, "plain", f"verdict: {state.verdict} ({state.verdict_basis}). {state.remedy}")
     _remark(state, when, "good", f"finished: {state.result}")
 
 
@@ -281,6 +316,6 @@ def finite(value: Any) -> float | None:
 
 _HANDLERS = {
     "started": _started, "phase": _phase, "progress": _progress, "numbers": _numbers, "step": _step,
-    "sample": _sample, "saved": _saved, "warning": _warning, "error": _error, "stopped": _stopped,
+    "judged": _judged, "sample": _sample, "saved": _saved, "warning": _warning, "error": _error, "stopped": _stopped,
     "finished": _finished,
 }

@@ -26,7 +26,7 @@ from crumb.wizard.dashboard.panels import (
     rule,
     trouble_lines,
 )
-from crumb.wizard.dashboard.state import DashboardState, clean
+from crumb.wizard.dashboard.state import WHILE_TRAINING, DashboardState, clean
 
 KEYS = "q leave, training goes on   p pictures now   s save now   x stop"
 WIDE = 100
@@ -86,7 +86,7 @@ def _head(state: DashboardState, run_state: dict, name: str, words: str, width: 
 
 
 def _bar(state: DashboardState, words: str, width: int, now: float, ascii: bool) -> Text:
-    training = state.phase in ("", "train", "sample", "save") or not state.progress
+    training = state.phase in WHILE_TRAINING or not state.progress
     done, total = (state.step, state.steps) if training else state.progress
     share = min(1.0, done / total) if total else 0.0
     parts = [f"{share:4.0%}" if training else f"{done}/{total}", f"{clock(state.elapsed_s(now))} elapsed"]

@@ -45,13 +45,13 @@ def test_save_load_goes_on_bit_for_bit(optimizer):
     run = create_run("cat", "plan")
     network, optimiser, scaler = make(optimizer)
     steps(network, optimiser, 0, 5)
-    save_checkpoint(run, 5, network, optimiser, scaler, BELONGS, 0.5, "fp16", METADATA)
+    save_checkpoint(run, 5, network, optimiser, scaler, BELONGS, {"loss_smoothed": 0.5}, "fp16", METADATA)
     steps(network, optimiser, 5, 9)
 
     network_2, optimiser_2, scaler_2 = make(optimizer)
     state, tensors = load_checkpoint(run, BELONGS, pytest.fail, AssertionError)
     restore(state, tensors, network_2, optimiser_2, scaler_2)
-    assert (state["step"], state["loss_smoothed"]) == (5, 0.5) and scaler_2.get_scale() == 256.0
+    assert (state["step"], state["progress"]["loss_smoothed"]) == (5, 0.5) and scaler_2.get_scale() == 256.0
     steps(network_2, optimiser_2, 5, 9)
     for ours, theirs in zip(network.parameters(), network_2.parameters()):
         assert torch.equal(ours, theirs), (ours - theirs).abs().max()
@@ -62,7 +62,7 @@ def test_damaged_newest_falls_back_and_foreign_is_refused():
     network, optimizer, scaler = make("AdamW")
     for step in (10, 20):
         steps(network, optimizer, step - 10, step)
-        save_checkpoint(run, step, network, optimizer, scaler, BELONGS, None, "fp16", METADATA)
+        save_checkpoint(run, step, network, optimizer, scaler, BELONGS, {}, "fp16", METADATA)
     damaged = run.checkpoints / "step-000020" / "state.safetensors"
     data = bytearray(damaged.read_bytes())
     data[-1] ^= 1
@@ -78,16 +78,20 @@ def test_pruning_keeps_the_newest_and_sweeps_what_was_half_written():
     run = create_run("cat", "plan")
     network, optimizer, scaler = make("AdamW")
     for step in (1, 2, 3):
-        save_checkpoint(run, step, network, optimizer, scaler, BELONGS, None, "fp16", METADATA)
+        save_checkpoint(run, step, network, optimizer, scaler, BELONGS, {}, "fp16", METADATA)
     (run.checkpoints / ".step-000004.part").mkdir()
     prune_checkpoints(run, keep=2)
     assert sorted(path.name for path in run.checkpoints.iterdir()) == ["step-000002", "step-000003"]
+    prune_checkpoints(run, keep=1, best_step=2)
+    assert sorted(path.name for path in run.checkpoints.iterdir()) == ["step-000002", "step-000003"]
+    prune_checkpoints(run, keep=1, best_step=3)
+    assert sorted(path.name for path in run.checkpoints.iterdir()) == ["step-000003"]
 
 
 def test_a_full_disk_leaves_no_half_checkpoint_and_keeps_the_last(monkeypatch):
     run = create_run("cat", "plan")
     network, optimizer, scaler = make("AdamW")
-    save_checkpoint(run, 1, network, optimizer, scaler, BELONGS, None, "fp16", METADATA)
+    save_checkpoint(run, 1, network, optimizer, scaler, BELONGS, {}, "fp16", METADATA)
     written = []
 
     def disk(path, data):
@@ -98,5 +102,5 @@ def test_a_full_disk_leaves_no_half_checkpoint_and_keeps_the_last(monkeypatch):
 
     monkeypatch.setattr("crumb.engine.network.save.write_atomic", disk)
     with pytest.raises(OSError, match="No space"):
-        save_checkpoint(run, 2, network, optimizer, scaler, BELONGS, None, "fp16", METADATA)
+        save_checkpoint(run, 2, network, optimizer, scaler, BELONGS, {}, "fp16", METADATA)
     assert [path.name for path in run.checkpoints.iterdir()] == ["step-000001"]

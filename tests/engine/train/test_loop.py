@@ -2,62 +2,15 @@
 
 import math
 import sys
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
-from crumb.engine.data.caches import write_entry
-from crumb.engine.data.prepare import TrainingSet
-from crumb.engine.memory.placement import Placement
-from crumb.engine.model.load import load_unet
-from crumb.engine.network.lora import attach_lora
 from crumb.engine.train import loop
 from crumb.engine.train.loop import Trainer
-from crumb.engine.train.noise import alphas_cumprod, step_generator
-from crumb.engine.train.optimizer import make_optimizer
+from crumb.engine.train.noise import step_generator
 from crumb.engine.train.schedule import learning_rate_factor
-from crumb.profiles.base_model import inspect_base_model
-from crumb.profiles.buckets import assign
-from crumb.profiles.dataset import Picture
 from crumb.profiles.errors import CrumbError, RequestError
-from crumb.profiles.plan import Plan
-
-NUM_PICTURES = 4
-
-
-@pytest.fixture
-def trainer(tiny_base, tmp_path):
-    def make(dtype=torch.float32, **settings) -> Trainer:
-        plan = Plan(**{"name": "t", "created": "2026-01-01T00:00:00+00:00", "base_model": str(tiny_base), "images": "p",
-                       "rank": 4, "alpha": 4.0, "resolution": 128, "optimizer": "AdamW", "steps": 10,
-                       "learning_rate": 1e-3, "mixed_precision": "no"} | settings)
-        placement = Placement(torch.device("cpu"), dtype, False)
-        unet = load_unet(inspect_base_model(tiny_base), dtype)
-        network = attach_lora(unet, plan.targets, plan.rank, plan.alpha, plan.conv_rank, plan.conv_alpha, plan.seed)
-        for index, layer in enumerate(network.layers.values()):  # B is zero at first, and then dA is too
-            layer.lora_B.data = torch.randn(layer.lora_B.shape, generator=torch.Generator().manual_seed(index)) * 0.05
-        optimizer = make_optimizer(plan, network.parameters(), placement.device, print)
-        scaler = torch.amp.GradScaler("cpu", enabled=dtype == torch.float16)
-        return Trainer(plan, unet, network, optimizer, scaler, training_set(tmp_path), placement, alphas_cumprod(False),
-                       0.13025, SimpleNamespace(), SimpleNamespace())
-    return make
-
-
-def training_set(folder: Path) -> TrainingSet:
-    generator = torch.Generator().manual_seed(3)
-    latents, prompts = [], {}
-    for index in range(NUM_PICTURES):
-        latents.append(folder / "cache" / "latents" / f"{index}.safetensors")
-        write_entry(latents[-1], {"mean": torch.randn(4, 16, 16, generator=generator) * 7,
-                                  "std": torch.full((4, 16, 16), 0.1)})
-        prompts[f"caption {index}"] = folder / "cache" / "prompts" / f"{index}.safetensors"
-        write_entry(prompts[f"caption {index}"], {"encoder_hidden_states": torch.randn(77, 128, generator=generator),
-                                                  "pooled": torch.randn(64, generator=generator)})
-    pictures = [Picture(Path(f"{index}.png"), 128, 128, 1, f"caption {index}", None) for index in range(NUM_PICTURES)]
-    return TrainingSet(pictures, [assign(128, 128, 128)] * NUM_PICTURES, list(prompts), latents, prompts,
-                       {(128, 128): list(range(NUM_PICTURES))}, "base")
 
 
 def gradients(trainer: Trainer) -> torch.Tensor:

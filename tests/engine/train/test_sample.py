@@ -31,7 +31,7 @@ def test_equals_diffusers_pipeline(tiny_base, tmp_path):
             hidden, pooled = encode_prompts(encoders, [prompt])
         paths[prompt] = tmp_path / "cache" / "p" / f"{index}.safetensors"
         write_entry(paths[prompt], {"encoder_hidden_states": hidden[0], "pooled": pooled[0]})
-    training_set = TrainingSet([], [], [], [], paths, {}, "base")
+    training_set = TrainingSet([], [], [], [], paths, {}, [], "base")
     [path] = sample_pictures(load_unet(base, torch.float32), training_set, plan, base, placement, tmp_path, 7)
     assert path.name == "step-000007-0.png"
 

@@ -88,6 +88,22 @@ def test_the_end_says_where_the_file_is_and_how_to_use_it():
     assert FACTS.result_path in "".join(line.strip() for line in narrow.splitlines()), "a path is folded, never cut"
 
 
+@pytest.mark.parametrize("size", [(80, 24), (100, 30), (140, 40)])
+def test_losses_on_fixed_noise_and_the_verdict_are_told(size):
+    state = history(1200)
+    judged = {"time": NOW - 3, "type": "judged", "step": 0, "training_loss": 0.2, "held_out_loss": 0.21, "word": ""}
+    fold(state, [judged, judged | {"step": 300, "training_loss": 0.15, "held_out_loss": 0.1902, "word": "overfitting",
+                                   "best": True, "remedy": "Take the file of step 300.", "basis": "held-out 0.21 -> 0.19"}])
+    text = show(state, *size)
+    for words in ("0.2000 > 0.1500", "0.2100 > 0.1902", "overfitting"):
+        assert words in text, text
+    fold(state, [{"time": NOW, "type": "finished", "step": 1200, "path": "小猫.safetensors"}])
+    text = show(state, *size, {"state": "finished"}, keys="")
+    assert "verdict" in text and "overfitting: held-out 0.21 -> 0.19." in text and "Take the file of step 300." in text
+    fold(state, [{"time": NOW, "type": "started", "step": 250, "steps": 1200}])
+    assert [point.step for point in state.judged] == [0], "a resumed run measures again"
+
+
 def test_a_run_that_ended_badly_says_why_and_how_to_go_on():
     state = history(340)
     fold(state, [{"time": NOW, "type": "error", "text": "No space left on /data. " * 6 + "and all of it"}])

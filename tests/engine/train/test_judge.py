@@ -1,0 +1,53 @@
+"""Judging repeats itself exactly, equals a mean by hand, and leaves the trained U-Net as it was."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from crumb.engine.train import judge as judge_module
+from crumb.engine.train.judge import TIMESTEPS, judge, mean_loss
+from crumb.engine.train.noise import alphas_cumprod, step_generator
+
+
+def arguments(run):
+    return run.unet, run.training_set, run.plan, run.placement, run.schedule, run.scaling_factor
+
+
+def test_the_same_weights_give_the_same_numbers_and_a_step_changes_them(trainer):
+    run = trainer()
+    run.training_set.held_out.append(3)
+    first, again = judge(*arguments(run), 0), judge(*arguments(run), 0)
+    assert first == again and first.held_out_loss != first.training_loss
+    run.train_step(0)
+    assert judge(*arguments(run), 1).training_loss != first.training_loss
+    run.training_set.held_out.clear()
+    assert judge(*arguments(run), 1).held_out_loss is None
+
+
+def test_training_goes_on_as_if_nobody_had_judged(trainer):
+    plain, judged = trainer(), trainer()
+    for step in range(3):
+        judge(*arguments(judged), step)
+        assert judged.train_step(step)["loss"] == plain.train_step(step)["loss"]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+def test_mean_by_hand_and_independent_of_batch_size(trainer, batch_size):
+    run = trainer(batch_size=batch_size, loss_type="huber", loss_weighting="min_snr")
+    plain = replace(run.plan, loss_type="l2", loss_weighting="none")
+    schedule, expected = alphas_cumprod(False).double(), []
+    for index in (0, 2):
+        generator = step_generator(42, index, -2)
+        batch = run.training_set.batch([index])
+        for timestep in TIMESTEPS:
+            noise = torch.randn((1, 4, 16, 16), generator=generator)
+            noisy = schedule[timestep].sqrt() * batch.latent_mean * 0.13025 + (1 - schedule[timestep]).sqrt() * noise
+            with torch.no_grad():
+                prediction = run.unet(noisy.float(), torch.tensor([timestep]), batch.encoder_hidden_states,
+                                      added_cond_kwargs={"text_embeds": batch.pooled, "time_ids": batch.time_ids}).sample
+            expected.append((prediction - noise).double().square().mean().item())
+    got = mean_loss(run.unet, run.training_set, [0, 2], plain, *arguments(run)[3:])
+    assert got == pytest.approx(sum(expected) / len(expected), rel=1e-5)
+    chosen = judge_module._some([0, 2], 42)
+    assert chosen == [0, 2]
