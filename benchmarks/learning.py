@@ -4,7 +4,10 @@
 
 Each arm is a real run of the engine with the derived plan and the named overrides. After it: the held-out loss (fixed
 noise, fixed timesteps) and the style score, the share of pictures drawn for held-out prompts that a small classifier
-takes for ink; the classifier is told with its own accuracy. Results go to WORK/learning.jsonl, a line an arm.
+takes for ink and wash. The classifier sees pictures in grey and in any two tones as often as in their own colours, so
+that it must go by strokes; its accuracy on each kind goes with the results. They go to WORK/learning.jsonl, a line an arm.
+
+Needs `pip install -e ".[bench]"`, and npm to fetch the emoji the first time.
 """
 
 import argparse
@@ -25,30 +28,32 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).parent / "demo_base"))
 
-from pictures import caption, ink_and_wash, load_base_set
+from pictures import INK, PIXELS, caption, ink_and_wash, load_base_set
 
 from crumb.engine.model import keys
 from crumb.engine.model.load import load_text_encoders, load_unet, load_vae
 from crumb.engine.model.text import encode_prompts
 from crumb.engine.run.demo import demo_folder, write_demo_base
 from crumb.engine.run.directory import RunDirectory, create_run, read_state
-from crumb.engine.run.events import read_events
 from crumb.engine.run.launch import launch_engine
 from crumb.engine.train.noise import add_noise, alphas_cumprod
 from crumb.engine.train.sample import make_scheduler
 from crumb.profiles.answers import Answers
 from crumb.profiles.base_model import inspect_base_model
 from crumb.profiles.dataset import scan_pictures
-from crumb.profiles.interview import conclude
+from crumb.profiles.errors import RequestError
+from crumb.profiles.interview import Interview, conclude
 from crumb.profiles.plan import Plan
 from crumb.wizard.commands import unused_name
 from crumb.wizard.planning import parse_setting
 
+REPORTED = ("optimizer", "optimizer_args", "learning_rate", "scheduler", "targets", "rank", "alpha", "conv_rank", "conv_alpha",
+            "steps", "batch_size", "seed")
 TRIGGER = "crumbdemo"
 NUM_HELD_OUT = 64
 TIMESTEPS = tuple(range(50, 1000, 100))
 SAMPLE_STEPS, GUIDANCE = 20, 3.0
-CLASSIFIER_STEPS, CLASSIFIER_BATCH = 250, 64
+CLASSIFIER_STEPS, CLASSIFIER_BATCH, CLASSIFIER_RATE = 1500, 64, 4e-3
 
 
 class Judge:
@@ -130,19 +135,50 @@ class Judge:
         )  # fmt: skip
         pictures = self._through_vae(torch.cat([colour, ink]))
         labels = torch.cat([torch.zeros(len(colour)), torch.ones(len(ink))])
-        optimizer = torch.optim.AdamW(classifier.parameters(), lr=3e-3)
+        optimizer = torch.optim.AdamW(classifier.parameters(), lr=CLASSIFIER_RATE)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, CLASSIFIER_STEPS)
         for _ in range(CLASSIFIER_STEPS):
             chosen = torch.randint(len(pictures), (CLASSIFIER_BATCH,))
-            loss = F.binary_cross_entropy_with_logits(classifier(pictures[chosen]), labels[chosen])
+            shown = torch.cat([retinted(pictures[chosen]), blots(CLASSIFIER_BATCH // 8)])
+            answers = torch.cat([labels[chosen], torch.zeros(CLASSIFIER_BATCH // 8)])
+            loss = F.binary_cross_entropy_with_logits(classifier(shown), answers)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
+            schedule.step()
         return classifier.eval()
 
     @torch.no_grad()
-    def _accuracy(self, colour: Tensor, ink: Tensor) -> float:
-        right = [self.classifier(self._through_vae(colour)) <= 0, self.classifier(self._through_vae(ink)) > 0]
-        return torch.cat(right).float().mean().item()
+    def _accuracy(self, colour: Tensor, ink: Tensor) -> dict[str, float]:
+        """Share that is called right: as they are, in grey, and colour pictures in the two tones of ink."""
+        colour, ink = self._through_vae(colour), self._through_vae(ink)
+        in_tones = two_tones(colour, torch.tensor(INK / 127.5 - 1, dtype=torch.float32).expand(len(colour), 3))
+        right = {"as they are": [self.classifier(colour) <= 0, self.classifier(ink) > 0],
+                 "in grey": [self.classifier(two_tones(colour)) <= 0, self.classifier(two_tones(ink)) > 0],
+                 "colour pictures in ink's blue": [self.classifier(in_tones) <= 0],
+                 "noise": [self.classifier(blots(len(colour))) <= 0]}
+        return {kind: round(torch.cat(answers).float().mean().item(), 3) for kind, answers in right.items()}
+
+
+def two_tones(pictures: Tensor, dark: Tensor | None = None) -> Tensor:
+    """The pictures' light alone, on a ramp from `dark` (N, 3), black where None, to white."""
+    light = (pictures * torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(1, keepdim=True) / 2 + 0.5
+    dark = torch.full((len(pictures), 3), -1.0) if dark is None else dark
+    return dark[:, :, None, None] + light * (1 - dark[:, :, None, None])
+
+
+def retinted(pictures: Tensor) -> Tensor:
+    """A third as they are, a third in grey, a third in two tones of any hue."""
+    kind = torch.randint(0, 3, (len(pictures), 1, 1, 1))
+    tones = two_tones(pictures, torch.rand(len(pictures), 3) * 1.6 - 1)
+    return torch.where(kind == 0, pictures, torch.where(kind == 1, two_tones(pictures), tones))
+
+
+def blots(count: int) -> Tensor:
+    """Coarse noise in two tones: what a run that fell apart draws, which is no ink."""
+    side = int(torch.randint(4, 65, ()))
+    noise = F.interpolate(torch.randn(count, 3, side, side), PIXELS, mode="bilinear").clamp(-1, 1)
+    return retinted(noise)
 
 
 def merge_lora(unet, path: Path) -> None:
@@ -160,25 +196,29 @@ def merge_lora(unet, path: Path) -> None:
         raise ValueError(f"{path} has parts that the U-Net lacks: {sorted(left)[:3]}")
 
 
-def train_arm(arm: str, base_file: Path) -> tuple[RunDirectory, Plan, float]:
-    """Runs the engine on the style set; returns the run, its plan and the seconds it took."""
+def plan_arm(arm: str, base_file: Path) -> Interview:
+    """The arm's plan; RequestError where its settings can't stand."""
     overrides = dict(parse_setting(setting) for setting in re.split(r",(?![^{]*})", arm)) if arm != "derived" else {}
     slug = re.sub(r"[^\w-]+", "-", arm)[:50].strip("-")
     name = unused_name(f"learning-{slug}-{crc32(arm.encode()):08x}")
     pictures = demo_folder("style")
     answers = Answers(images=str(pictures), base=str(base_file), subject="style", trigger=TRIGGER, name=name,
-                      overrides={"sample_every": 0, "save_every": 0, **overrides})
-    interview = conclude(answers, scan_pictures(pictures))
-    run = create_run(name, interview.toml())
+                      overrides={"sample_every": 0, "save_every": 0, "held_out_pictures": 0, **overrides})
+    return conclude(answers, scan_pictures(pictures))
+
+
+def train_arm(interview: Interview) -> tuple[RunDirectory, float]:
+    """Runs the engine on the style set; returns the run and the seconds it took."""
+    run = create_run(interview.plan.name, interview.toml())
     began = time.monotonic()
     launch_engine(run).wait()
-    return run, interview.plan, time.monotonic() - began
+    return run, time.monotonic() - began
 
 
 def measure(judge: Judge, unet, line: dict, work: Path) -> None:
     """Keeps the arm's line in `work` with held-out loss and style score, and the pictures drawn for it."""
     pictures = judge.draw(unet)
-    np.save(work / f"drawn-{line['arm']}.npy", ((pictures + 1) * 127.5).byte().numpy())
+    np.save(work / f"drawn-{line['run']}.npy", ((pictures + 1) * 127.5).byte().numpy())
     scores = {"held_out_loss": round(judge.held_out_loss(unet), 5), "style_score": round(judge.style_score(pictures), 3)}
     report(line | scores, work)
 
@@ -198,16 +238,20 @@ def main() -> None:
     options = parser.parse_args()
     os.environ["CRUMB_RUNS"] = str(options.work.absolute() / "runs")
     base_file = options.base or write_demo_base(options.work)
+    arms = list(dict.fromkeys(options.arms))
+    try:
+        interviews = [plan_arm(arm, base_file) for arm in arms]
+    except RequestError as error:
+        sys.exit(f"learning: {error}")
     judge = Judge(base_file, options.work)
-    print(f"classifier: {judge.accuracy:.3f} right of {2 * len(judge.names)} held-out pictures", flush=True)
-    measure(judge, load_unet(judge.base, torch.float32), {"arm": "before"}, options.work)
+    before = {"arm": "before", "run": "before", "classifier_accuracy": judge.accuracy}
+    measure(judge, load_unet(judge.base, torch.float32), before, options.work)
     with ThreadPoolExecutor(options.at_once) as pool:
-        for arm, outcome in zip(options.arms, pool.map(lambda arm: train_arm(arm, base_file), options.arms)):
-            run, plan, seconds = outcome
-            settings = ("optimizer", "learning_rate", "scheduler", "rank", "alpha", "steps", "batch_size")
-            line = {"arm": arm} | {name: getattr(plan, name) for name in settings} | {"seconds": round(seconds, 1)}
+        for interview, arm, (run, seconds) in zip(interviews, arms, pool.map(train_arm, interviews)):
+            line = {"arm": arm, "run": run.name} | {name: getattr(interview.plan, name) for name in REPORTED}
+            line["seconds"] = round(seconds, 1)
             if read_state(run)["state"] != "done":
-                report(line | {"failed": read_events(run.events)[0][-1].get("text", "")}, options.work)
+                report(line | {"failed": read_state(run).get("message") or f"see {run.log}"}, options.work)
                 continue
             unet = load_unet(judge.base, torch.float32)
             merge_lora(unet, run.result)

@@ -173,7 +173,8 @@ def _derive_convolutions(result: Derivation, rank: int, base: BaseModel) -> None
     result.put("targets", "attention+ff+conv", "CONV", "this base is small, and makes its colours and strokes in convolutions"
                if small else "conv_rank is set, so the convolutions learn")
     result.put("conv_rank", max(1, rank // 2), "CONV", "half the rank")
-    result.put("conv_alpha", max(1.0, result.value("conv_rank") / 2), "ALPHA-HALF", "half the rank of the convolutions")
+    share = result.value("alpha") / rank
+    result.put("conv_alpha", max(0.1, result.value("conv_rank") * share), "ALPHA-HALF", "the same share of its rank as alpha")
 
 
 def _derive_optimizer(result: Derivation, base: BaseModel, gpu: Gpu) -> None:

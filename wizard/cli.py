@@ -92,7 +92,7 @@ def _add_plan(add) -> None:
 def _add_training(add) -> None:
     demo = add("demo", "train for real on a small packaged base and packaged pictures, in minutes, GPU or not",
                "crumb demo --subject character", module="demo")
-    demo.add_argument("--steps", metavar="N", help="optimizer steps (default: about two minutes' worth)")
+    demo.add_argument("--steps", metavar="N", help="optimizer steps (default: what fits three minutes on two cores)")
     demo.add_argument("--subject", choices=("style", "character"), default="style",
                       help="what it learns (default: %(default)s)")
     train = add("train", "train a plan and watch it", "crumb train plan.toml --detach")

@@ -37,6 +37,13 @@ SAMPLE_SUBJECTS = {
 }
 
 
+WHAT_TO_SEE = {
+    "style": "None of these four was in the set: it learned the style, not the pictures.",
+    "character": "The cats took on the new colour. The dog was not taught: what changed in it has spilled over.",
+}
+LINES_BELOW_SHEET = 14
+
+
 def demo(options) -> int:
     """`crumb demo`."""
     from rich.console import Console
@@ -81,16 +88,18 @@ def show_outcome(run: RunDirectory, options) -> None:
         save_before_after(columns, sheet)
         console = Console(highlight=False)
         width = min(console.width, PICTURES_CELLS)
-        print("\nBefore (above) and after (below), same prompts and seeds:")
+        print("\nBefore (above) and after (below), same seeds:")
         shown = can_show_pictures(console, options.ascii)
-        console.print((graphics(sheet, width) if shown else None) or before_after(columns, width, options.ascii))
+        max_lines = max(4, (console.height - LINES_BELOW_SHEET) // 2)
+        console.print((graphics(sheet, width) if shown else None) or before_after(columns, width, options.ascii, max_lines))
+        console.print(WHAT_TO_SEE[options.subject])
         print(f"In full: {sheet}")
     say_held_out(run)
     print(f"\nYour LoRA: {run.result}")
-    print("\nWith your own pictures, either of these:\n"
-          "  crumb\n"
-          "  crumb plan --images DIR --base SDXL.safetensors --subject character --trigger WORD")
-    print(f"Check any LoRA with:  crumb verify {shlex.quote(str(run.result))}")
+    print(f"\nWith your own pictures, either of these:\n"
+          f"  crumb\n"
+          f"  crumb plan --images DIR --base FILE --subject {options.subject} --trigger WORD\n"
+          f"Check any LoRA with:  crumb verify {shlex.quote(str(run.result))}")
 
 
 def say_held_out(run: RunDirectory) -> None:

@@ -4,6 +4,7 @@ Every part resumes from what WORK holds, so a stopped run goes on by the same co
 """
 
 import argparse
+import hashlib
 import sys
 from pathlib import Path
 
@@ -15,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from autoencoder import encode_base_pictures, folded_autoencoder, train_autoencoder
 from denoiser import train_denoiser
 from pack import pack_base, pack_sets
+from pictures import BASE_SET_SHA256, digest, load_base_set
 
 from crumb.engine.model.load import load_vae
 from crumb.engine.run.demo import expanded
@@ -32,8 +34,11 @@ def main() -> None:
     parser.add_argument("--denoiser-steps", type=int, default=DENOISER_STEPS)
     parser.add_argument("--start", type=Path, help="an SDXL file of this recipe to go on from, its autoencoder as it is")
     options = parser.parse_args()
+    if options.start and options.start.absolute().parent == options.demo.absolute():
+        sys.exit(f"--start {options.start} would be written over. Name another folder for the results with --demo.")
     options.work.mkdir(parents=True, exist_ok=True)
     options.demo.mkdir(parents=True, exist_ok=True)
+    _check_work(options.work, options.start)
     start = options.start and _whole(options.start, options.work)
     if start:
         autoencoder = load_vae(inspect_base_model(start), None, torch.float32)
@@ -45,6 +50,19 @@ def main() -> None:
     train_denoiser(options.work, options.denoiser_steps, start)
     pack_base(options.work, autoencoder, options.demo / "base.safetensors")
     pack_sets(options.work, options.demo)
+
+
+def _check_work(work: Path, start: Path | None) -> None:
+    """A folder's states belong to one beginning: latents of one autoencoder must not meet another."""
+    begins = hashlib.sha256(start.read_bytes()).hexdigest() if start else "from nothing"
+    note = work / "begins.txt"
+    if not note.exists():
+        note.write_text(begins)
+    if note.read_text() != begins:
+        sys.exit(f"{work} holds the states of another beginning ({note.read_text()[:12]}). Name another folder with --work.")
+    keys, pictures = load_base_set(work)
+    if not digest(keys, pictures).startswith(BASE_SET_SHA256):
+        print("The pictures are not those of the packaged base, byte for byte: another renderer or package.", file=sys.stderr)
 
 
 def _whole(path: Path, work: Path) -> Path:

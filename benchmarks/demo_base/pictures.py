@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageFilter
-from resvg_py import svg_to_bytes
 
 PACKAGES = {
     "noto": "@iconify-json/noto@1.2.9",
@@ -22,6 +21,8 @@ PACKAGES = {
     "ink": "@iconify-json/fluent-emoji-high-contrast@1.2.6",
 }
 PIXELS = 128
+BASE_SET_SHA256 = "106791c39aad"
+"""How the digest of the base's pictures begins, with the packages above and resvg-py 0.5.0."""
 # The style set's two colours.
 INK, PAPER = np.array([16, 24, 90]), np.array([255, 255, 255])
 # The part of the picture that the drawing fills: a margin keeps its edge off the border.
@@ -76,6 +77,8 @@ def load_base_set(folder: Path) -> tuple[list[str], np.ndarray]:
 
 def render(icons: dict, key: str, pixels: int = PIXELS) -> np.ndarray:
     """One icon on white, (pixels, pixels, 3) uint8; ink where its colour is the text's."""
+    from resvg_py import svg_to_bytes  # pip install -e ".[bench]"; only needed where nothing is rendered yet
+
     icon = icons["icons"][key]
     width = icon.get("width", icons.get("width", 16))
     height = icon.get("height", icons.get("height", 16))

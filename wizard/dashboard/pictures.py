@@ -45,16 +45,20 @@ def can_show_pictures(console: Console, ascii: bool = False) -> bool:
             and console.encoding.startswith("utf"))
 
 
-def before_after(columns: list[tuple[str, Path, Path]], width: int, ascii: bool = False) -> RenderableType:
-    """Columns of (label, picture before, picture after), or their paths where the console can't show pictures."""
-    return _BeforeAfter(columns, width, ascii)
+def before_after(columns: list[tuple[str, Path, Path]], width: int, ascii: bool = False,
+                 max_lines: int | None = None) -> RenderableType:
+    """Columns of (label, picture before, picture after), or their paths where the console can't show pictures.
+
+    max_lines: the height of each picture at most.
+    """
+    return _BeforeAfter(columns, width, ascii, max_lines)
 
 
 class _BeforeAfter:
     """Chooses pictures or paths when it is printed, as only then the console is known."""
 
-    def __init__(self, columns: list[tuple[str, Path, Path]], width: int, ascii: bool):
-        self.columns, self.width, self.ascii = columns, width, ascii
+    def __init__(self, columns: list[tuple[str, Path, Path]], width: int, ascii: bool, max_lines: int | None):
+        self.columns, self.width, self.ascii, self.max_lines = columns, width, ascii, max_lines
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         if not can_show_pictures(console, self.ascii):
@@ -66,8 +70,8 @@ class _BeforeAfter:
         each = max(4, (min(self.width, options.max_width) - gaps) // len(self.columns))
         table = Table.grid(padding=(0, 2, 0, 0), pad_edge=False)
         table.add_row(*(Text(clean(label), style="bold") for label, _, _ in self.columns))
-        table.add_row(*(half_blocks(before, each) for _, before, _ in self.columns))
-        table.add_row(*(half_blocks(after, each) for _, _, after in self.columns))
+        table.add_row(*(half_blocks(before, each, self.max_lines) for _, before, _ in self.columns))
+        table.add_row(*(half_blocks(after, each, self.max_lines) for _, _, after in self.columns))
         yield table
 
 
