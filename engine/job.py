@@ -8,6 +8,7 @@ import time
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib.metadata import version
+from pathlib import Path
 
 import torch
 
@@ -15,8 +16,9 @@ from crumb.engine.data.prepare import TrainingSet, prepare
 from crumb.engine.memory.placement import Placement, choose_placement
 from crumb.engine.model.config import VAE_SCALING_FACTOR
 from crumb.engine.model.load import load_unet
-from crumb.engine.network.lora import attach_lora
+from crumb.engine.network.lora import Network, attach_lora
 from crumb.engine.network.metadata import lora_metadata, sidecar
+from crumb.engine.network.read import start_from
 from crumb.engine.network.save import save_lora
 from crumb.engine.network.verify import verify_lora
 from crumb.engine.run.control import progress_reporter, take_request
@@ -115,10 +117,13 @@ def _assemble(run: RunDirectory, plan: Plan, base: BaseModel, placement: Placeme
               events: EventWriter, status: Status) -> tuple[Job, int]:
     """U-Net, network, optimizer and, where there is one, the newest checkpoint; returns the last finished step too."""
     unet = load_unet(base, placement.dtype, placement.device)
-    network = attach_lora(unet, plan.targets, plan.rank, plan.alpha, plan.conv_rank, plan.conv_alpha, plan.seed)
+    network = attach_lora(unet, plan)
+    if plan.start_from:
+        _start_from(network, Path(plan.start_from), events)
     if placement.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
-    optimizer = make_optimizer(plan, network.parameters(), placement.device, lambda text: events.emit("warning", text=text))
+    optimizer = make_optimizer(plan, network.rate_groups(plan.lora_plus_ratio), placement.device,
+                               lambda text: events.emit("warning", text=text))
     scaler = torch.amp.GradScaler(placement.device.type, enabled=placement.dtype == torch.float16)
     trainer = Trainer(plan, unet, network, optimizer, scaler, training_set, placement,
                       alphas_cumprod(plan.zero_terminal_snr), VAE_SCALING_FACTOR, events, status)
@@ -141,6 +146,14 @@ def _assemble(run: RunDirectory, plan: Plan, base: BaseModel, placement: Placeme
                 steps_per_epoch=num_batches / plan.gradient_accumulation_steps, steps=plan.steps,
                 num_parameters=network.num_parameters, placement=placement.describe())
     return job, step
+
+
+def _start_from(network: Network, path: Path, events: EventWriter) -> None:
+    num_filled, left_out = start_from(network, path)
+    log.info("%d layers start from %s", num_filled, path)
+    if left_out:
+        events.emit("warning", text=f"{len(left_out)} modules of {path.name} are not trained by this plan, so their part of it "
+                                    f"is left out (first: {left_out[0]}).")
 
 
 def _train(job: Job, step: int) -> int:

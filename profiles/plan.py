@@ -14,6 +14,7 @@ from typing import Any
 
 import tomlkit
 
+from crumb.profiles.blocks import ATTENTION_BLOCKS, BLOCKS
 from crumb.profiles.errors import RequestError
 
 PLAN_VERSION = 1
@@ -80,6 +81,18 @@ class Plan:
     conv_rank: int = _setting("network", "Rank of the 3x3 convolutions; 0 = they don't learn", 0, low=0, high=1024)
     conv_alpha: float = _setting("network", "Alpha of the 3x3 convolutions", 1.0, low=0.1, high=1024)
 
+    block_ranks: dict = _setting("network", "Ranks of single U-Net blocks, such as {IN08 = 64}; others take rank", {})
+    block_alphas: dict = _setting("network", "Alphas of single U-Net blocks; others take alpha", {})
+    block_rates: dict = _setting("network", "Factors on the learning rate of single U-Net blocks; 0 = it doesn't learn", {})
+    network_dropout: float = _setting("network", "Share of the LoRA's inner values left out at random", 0.0, low=0, high=0.9)
+    rank_dropout: float = _setting("network", "Share of ranks left out at random, for each picture anew", 0.0, low=0,
+                                   high=0.9)
+    module_dropout: float = _setting("network", "Share of modules left out at random, for each pass anew", 0.0, low=0,
+                                     high=0.9)
+    max_norm: float = _setting("network", "Longest change of a module; longer ones are scaled down after a step; 0 = off",
+                               0.0, low=0, high=1000)
+    start_from: str = _setting("network", "LoRA file to go on from, of the same or another rank; empty = start anew", "")
+
     steps: int = _setting("training", "Optimizer steps in all", 1000, low=1, high=1_000_000)
     batch_size: int = _setting("training", "Pictures per forward pass", 1, low=1, high=64)
     gradient_accumulation_steps: int = _setting("training", "Forward passes per step", 1, low=1, high=1024)
@@ -118,6 +131,8 @@ class Plan:
                               choices=OPTIMIZERS)
     optimizer_args: dict = _setting("optimizer", "Further arguments of the optimizer", {})
     learning_rate: float = _setting("optimizer", "How strongly each step learns", 1e-4, low=1e-9, high=10)
+    lora_plus_ratio: float = _setting("optimizer", "LoRA+: how much faster lora_up learns than lora_down; 1 = alike", 1.0,
+                                      low=0.01, high=100)
     scheduler: str = _setting("optimizer", "How the rate changes over the run", "constant", choices=SCHEDULERS)
     warmup_ratio: float = _setting("optimizer", "Share of all steps in which the rate rises from 0", 0.1, low=0, high=1)
 
@@ -187,7 +202,7 @@ def parse_plan(text: str, source: str = "the plan") -> Plan:
 def with_absolute_paths(text: str, folder: Path) -> str:
     """The plan's text with relative paths taken from `folder`, so that it may be moved; comments stay."""
     document = tomlkit.parse(text)
-    for section, key in (("base", "base_model"), ("base", "vae"), ("data", "images")):
+    for section, key in (("base", "base_model"), ("base", "vae"), ("data", "images"), ("network", "start_from")):
         value = document.get(section, {}).get(key)
         if value and not Path(value).is_absolute():
             document[section][key] = str((folder / Path(value).expanduser()).absolute())
@@ -271,6 +286,7 @@ def _check_together(plan: Plan) -> None:
     except (ValueError, OverflowError, OSError):
         raise RequestError(f"created is {plan.created!r}; it must be a date such as 2026-01-31T12:00:00+00:00.") from None
     _check_optimizer_args(plan)
+    _check_blocks(plan)
     if plan.resolution % 64:
         raise RequestError(f"resolution is {plan.resolution}; it must be a multiple of 64 (guide: CROP). "
                            f"Use {round(plan.resolution / 64) * 64}.")
@@ -291,6 +307,28 @@ def _check_together(plan: Plan) -> None:
                            "makes that 0 at the last noise level. Set loss_weighting = \"min_snr\" or \"none\".")
     if plan.device == "cpu" and plan.mixed_precision == "fp16":
         raise RequestError("mixed_precision is fp16 with device cpu, which has no fast fp16. Set mixed_precision = \"no\".")
+
+
+BLOCK_BOUNDS = {"block_ranks": (1, 1024), "block_alphas": (0.1, 1024), "block_rates": (0, 10)}
+
+
+def _check_blocks(plan: Plan) -> None:
+    """Settings of single blocks (BLOCK-MAP): known names, values in range, something left to learn."""
+    for name, (low, high) in BLOCK_BOUNDS.items():
+        for block, value in getattr(plan, name).items():
+            if block not in BLOCKS:
+                raise RequestError(f"{name} names the block {block!r}; SDXL's are {BLOCKS[0]} to {BLOCKS[8]}, MID, "
+                                   f"{BLOCKS[10]} to {BLOCKS[-1]}." + _nearest(block, BLOCKS))
+            wanted = int if name == "block_ranks" else (int, float)
+            if isinstance(value, bool) or not isinstance(value, wanted) or not low <= value <= high:
+                kind = "whole number" if wanted is int else "number"
+                raise RequestError(f"{name} gives {block} {value!r}; it must be a {kind} from {low} to {high}.")
+    if all(plan.block_rates.get(block) == 0 for block in (BLOCKS if "conv" in plan.targets else ATTENTION_BLOCKS)):
+        raise RequestError("block_rates is 0 for every block that could learn. Leave at least one above 0.")
+    factors = {*plan.block_rates.values(), plan.lora_plus_ratio} - {0, 1}
+    if plan.optimizer in ADAPTIVE_OPTIMIZERS and factors:
+        raise RequestError(f"{plan.optimizer} finds one rate for all that learns, so block_rates may only be 0 or 1 and "
+                           f"lora_plus_ratio 1 ({', '.join(map(str, sorted(factors)))} now). AdamW8bit takes any.")
 
 
 def _check_optimizer_args(plan: Plan) -> None:

@@ -9,6 +9,7 @@ from crumb.profiles.errors import RequestError
 from crumb.profiles.hardware import detect_gpu
 from crumb.profiles.interview import check_scan
 from crumb.profiles.plan import Plan
+from crumb.profiles.safetensors_header import read_header
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,8 @@ def preflight(plan: Plan, on_progress=None) -> Facts:
         raise RequestError(f"{base.path} has no VAE baked in. Set vae in [base] to an SDXL VAE file.")
     if plan.vae:
         check_vae(plan.vae)
+    if plan.start_from:
+        read_header(Path(plan.start_from))
     scan = scan_pictures(Path(plan.images), on_progress=on_progress)
     check_scan(scan, plan.skip_broken)
     return Facts(base, scan)

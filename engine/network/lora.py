@@ -1,4 +1,4 @@
-"""The trainable network: LoRA layers put in place of the U-Net's linears and convolutions.
+"""The trainable network: LoRA layers put in place of linears and convolutions.
 
             x ──► W (frozen) ───────────► + ──► y
              └──► A (R, in) ► B (out, R) ─┘ × alpha / rank
@@ -9,7 +9,7 @@ A starts random and B at zero, so training starts at the base model exactly (Hu 
 import hashlib
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,8 @@ from torch.nn import functional as F
 
 from crumb.engine.model.keys import lora_stem
 from crumb.kernels.lora_linear import lora_linear
+from crumb.profiles.blocks import block_of
+from crumb.profiles.plan import Plan
 
 ATTENTION = re.compile(r".*\.attn[12]\.to_(q|k|v|out\.0)")
 FEED_FORWARD = re.compile(r".*\.attentions\.\d+\.(proj_in|proj_out|transformer_blocks\.\d+\.ff\.net\.(0\.proj|2))")
@@ -31,42 +33,88 @@ TARGETS = {
 }
 
 
-class LoRALinear(nn.Module):
-    """A frozen nn.Linear with a LoRA beside it. lora_A (rank, in), lora_B (out, rank), both fp32 masters."""
+@dataclass(frozen=True)
+class Dropout:
+    """What is left out at random while training: values of x Aᵀ, whole ranks of a picture, whole modules of a pass."""
 
-    def __init__(self, base: nn.Linear, rank: int, alpha: float):
+    network: float = 0.0
+    rank: float = 0.0
+    module: float = 0.0
+
+    @property
+    def is_on(self) -> bool:
+        return max(self.network, self.rank, self.module) > 0
+
+
+class LoRALayer(nn.Module):
+    """What linears and convolutions share. lora_A and lora_B are fp32 masters; `rate` is a factor on the learning rate."""
+
+    def __init__(self, base: nn.Module, rank: int, alpha: float, rate: float, dropout: Dropout):
         super().__init__()
         self.base = base
         self.rank, self.alpha, self.scaling = rank, alpha, alpha / rank
+        self.rate, self.dropout = rate, dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not (self.training and self.dropout.is_on):
+            return self.with_change(x)
+        if self.dropout.module and torch.rand(()).item() < self.dropout.module:
+            return self.base(x)
+        down = F.dropout(self.down(x), self.dropout.network)
+        return self.base(x) + self.up(self._without_ranks(down)) * self.scaling
+
+    def _without_ranks(self, down: Tensor) -> Tensor:
+        """Drops ranks per picture and makes up for it; `down` is (B, R), (B, tokens, R) or (B, R, H, W)."""
+        if not self.dropout.rank:
+            return down
+        kept = torch.rand(len(down), self.rank, device=down.device) >= self.dropout.rank
+        shape = (len(down), self.rank, 1, 1) if down.dim() == 4 else (len(down), *[1] * (down.dim() - 2), self.rank)
+        return down * kept.view(shape) / (1 - self.dropout.rank)
+
+
+class LoRALinear(LoRALayer):
+    """A frozen nn.Linear with a LoRA beside it. lora_A (rank, in), lora_B (out, rank)."""
+
+    def __init__(self, base: nn.Linear, rank: int, alpha: float, rate: float = 1.0, dropout: Dropout = Dropout()):
+        super().__init__(base, rank, alpha, rate, dropout)
         device = base.weight.device
         self.lora_A = nn.Parameter(torch.zeros(rank, base.in_features, device=device))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=device))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def with_change(self, x: Tensor) -> Tensor:
         return lora_linear(x, self.base.weight, self.base.bias, self.lora_A, self.lora_B, self.scaling)
 
+    def down(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.lora_A.to(x.dtype))
 
-class LoRAConv2d(nn.Module):
+    def up(self, down: Tensor) -> Tensor:
+        return F.linear(down, self.lora_B.to(down.dtype))
+
+
+class LoRAConv2d(LoRALayer):
     """A frozen nn.Conv2d with a LoRA beside it: lora_A (rank, in, kh, kw) strides and pads as the base, lora_B is 1x1."""
 
-    def __init__(self, base: nn.Conv2d, rank: int, alpha: float):
-        super().__init__()
-        self.base = base
-        self.rank, self.alpha, self.scaling = rank, alpha, alpha / rank
+    def __init__(self, base: nn.Conv2d, rank: int, alpha: float, rate: float = 1.0, dropout: Dropout = Dropout()):
+        super().__init__(base, rank, alpha, rate, dropout)
         device = base.weight.device
         self.lora_A = nn.Parameter(torch.zeros(rank, base.in_channels, *base.kernel_size, device=device))
         self.lora_B = nn.Parameter(torch.zeros(base.out_channels, rank, 1, 1, device=device))
 
-    def forward(self, x: Tensor) -> Tensor:
-        down = F.conv2d(x, self.lora_A.to(x.dtype), stride=self.base.stride, padding=self.base.padding)
-        return self.base(x) + F.conv2d(down, self.lora_B.to(x.dtype)) * self.scaling
+    def with_change(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.up(self.down(x)) * self.scaling
+
+    def down(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.lora_A.to(x.dtype), stride=self.base.stride, padding=self.base.padding)
+
+    def up(self, down: Tensor) -> Tensor:
+        return F.conv2d(down, self.lora_B.to(down.dtype))
 
 
 @dataclass(frozen=True)
 class Network:
-    """The LoRA layers by their stem in the file, in the U-Net's own order."""
+    """The LoRA layers by their stem in the file, in the model's own order."""
 
-    layers: dict[str, LoRALinear | LoRAConv2d]
+    layers: dict[str, LoRALayer] = field(default_factory=dict)
 
     def parameters(self) -> list[nn.Parameter]:
         return [parameter for layer in self.layers.values() for parameter in (layer.lora_A, layer.lora_B)]
@@ -75,32 +123,61 @@ class Network:
     def num_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters())
 
+    def train(self, mode: bool) -> None:
+        """Dropout acts in training mode only."""
+        for layer in self.layers.values():
+            layer.training = mode
 
-def attach_lora(unet: nn.Module, targets: str, rank: int, alpha: float, conv_rank: int, conv_alpha: float,
-                seed: int) -> Network:
-    """Replaces the target modules of `unet` in place by LoRA layers and returns those.
+    def rate_groups(self, lora_plus_ratio: float) -> list[tuple[float, list[nn.Parameter]]]:
+        """(factor on the learning rate, parameters) for each factor in use, B's times the ratio (Hayou et al. 2024, LoRA+)."""
+        groups: dict[float, list[nn.Parameter]] = {}
+        for layer in self.layers.values():
+            for factor, parameter in ((1.0, layer.lora_A), (lora_plus_ratio, layer.lora_B)):
+                groups.setdefault(layer.rate * factor, []).append(parameter)
+        return list(groups.items())
 
-    Linears and 1x1 convolutions take `rank`, 3x3 convolutions `conv_rank`, as kohya's networks do.
+    @torch.no_grad()
+    def limit_norms(self, max_norm: float) -> None:
+        """Scales A and B alike, in place, where alpha / rank · B A is longer than `max_norm` (Frobenius)."""
+        for layer in self.layers.values():
+            A, B = layer.lora_A.flatten(1), layer.lora_B.flatten(1)
+            norm = ((B.T @ B) * (A @ A.T)).sum().clamp(min=0).sqrt() * layer.scaling
+            shrink = (max_norm / norm.clamp(min=torch.finfo(norm.dtype).tiny)).clamp(max=1).sqrt()
+            layer.lora_A.mul_(shrink)
+            layer.lora_B.mul_(shrink)
+
+
+def attach_lora(unet: nn.Module, plan: Plan) -> Network:
+    """Replaces the plan's target modules of `unet` in place by LoRA layers and returns those.
+
+    Linears and 1x1 convolutions take the rank of their block, 3x3 convolutions `conv_rank`, as kohya's networks do.
+    Blocks whose rate is 0 stay as they are.
     """
-    patterns = TARGETS[targets]
-    chosen = [
-        (name, module) for name, module in unet.named_modules()
-        if isinstance(module, nn.Linear | nn.Conv2d) and any(pattern.fullmatch(name) for pattern in patterns)
-    ]
-    layers = {}
-    for name, module in chosen:
-        if isinstance(module, nn.Linear):
-            layer = LoRALinear(module, rank, alpha)
-        elif module.kernel_size == (1, 1):
-            layer = LoRAConv2d(module, rank, alpha)
-        else:
-            layer = LoRAConv2d(module, conv_rank, conv_alpha)
-        stem = lora_stem(name)
-        _initialise(layer.lora_A, f"{seed} {stem}")
-        parent_name, _, child = name.rpartition(".")
-        setattr(unet.get_submodule(parent_name), child, layer)
-        layers[stem] = layer
-    return Network(layers)
+    network = Network()
+    patterns = TARGETS[plan.targets]
+    for name, module in list(unet.named_modules()):
+        if isinstance(module, nn.Linear | nn.Conv2d) and any(pattern.fullmatch(name) for pattern in patterns):
+            stem = lora_stem(name)
+            block = block_of(stem)
+            rank, alpha = plan.block_ranks.get(block, plan.rank), plan.block_alphas.get(block, plan.alpha)
+            if isinstance(module, nn.Conv2d) and module.kernel_size != (1, 1):
+                rank, alpha = plan.conv_rank, plan.conv_alpha
+            if rate := plan.block_rates.get(block, 1.0):
+                put_layer(network, unet, name, stem, rank, alpha, rate, plan)
+    return network
+
+
+def put_layer(network: Network, model: nn.Module, name: str, stem: str, rank: int, alpha: float, rate: float,
+              plan: Plan) -> None:
+    """Puts a LoRA layer in the place of the module `name` of `model` and enters it in `network`."""
+    module = model.get_submodule(name)
+    make = LoRALinear if isinstance(module, nn.Linear) else LoRAConv2d
+    layer = make(module, rank, alpha, rate, Dropout(plan.network_dropout, plan.rank_dropout, plan.module_dropout))
+    layer.training = False
+    _initialise(layer.lora_A, f"{plan.seed} {stem}")
+    parent_name, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent_name), child, layer)
+    network.layers[stem] = layer
 
 
 def _initialise(lora_A: nn.Parameter, seed: str) -> None:

@@ -6,12 +6,13 @@ changes from process to process, and the same plan must give the same file, bit 
 
 import hashlib
 import json
+from collections import Counter
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from crumb.engine.network.lora import Network
+from crumb.engine.network.lora import LoRALayer, Network
 from crumb.engine.run.directory import write_atomic
 
 SAVE_DTYPES = {"float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -20,13 +21,26 @@ _TAGS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", tor
 
 
 def lora_tensors(network: Network, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The file's tensors on the CPU: STEM.lora_down.weight, STEM.lora_up.weight and a 0-dim STEM.alpha each."""
+    """The file's tensors on the CPU: STEM.lora_down.weight, STEM.lora_up.weight and a 0-dim STEM.alpha each.
+
+    diffusers misreads a file whose alphas differ among modules of one kind, so each kind is written with its commonest
+    alpha and what differs goes into lora_up.
+    """
+    alphas = {kind: Counter(layer.alpha for stem, layer in network.layers.items() if _kind(stem, layer) == kind)
+              for kind in {_kind(stem, layer) for stem, layer in network.layers.items()}}
     tensors = {}
     for stem, layer in network.layers.items():
-        tensors[f"{stem}.alpha"] = torch.tensor(layer.alpha, dtype=dtype)
+        alpha = max(alphas[_kind(stem, layer)].items(), key=lambda item: (item[1], -item[0]))[0]
+        up = layer.lora_B.detach() if layer.alpha == alpha else layer.lora_B.detach() * (layer.alpha / alpha)
+        tensors[f"{stem}.alpha"] = torch.tensor(alpha, dtype=dtype)
         tensors[f"{stem}.lora_down.weight"] = layer.lora_A.detach().to("cpu", dtype)
-        tensors[f"{stem}.lora_up.weight"] = layer.lora_B.detach().to("cpu", dtype)
+        tensors[f"{stem}.lora_up.weight"] = up.to("cpu", dtype)
     return tensors
+
+
+def _kind(stem: str, layer: LoRALayer) -> tuple[str, bool]:
+    """Modules that must share an alpha: those of one model, 3x3 convolutions apart."""
+    return stem[:8], layer.lora_A.dim() == 4 and layer.lora_A.shape[2:] != (1, 1)
 
 
 def save_lora(path: Path, network: Network, save_precision: str, metadata: dict[str, str]) -> None:

@@ -5,7 +5,6 @@ each other, values with what a float can be. Run as `python -P -m crumb.engine.n
 """
 
 import json
-import re
 import sys
 from collections import defaultdict
 from dataclasses import asdict, dataclass, field
@@ -15,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from crumb.engine.model.keys import lora_stem
+from crumb.profiles.blocks import block_of
 from crumb.profiles.errors import CrumbError
 from crumb.profiles.safetensors_header import read_header
 
@@ -100,7 +100,7 @@ def read_tensor(data: np.ndarray, info: dict) -> np.ndarray:
 def known_stems() -> frozenset[str]:
     """Every module of SDXL that kohya's LoRA and LoCon know: 788 in the U-Net, 72 and 192 in the text encoders."""
     if not _stems:
-        _stems.update(map(lora_stem, _unet_modules()))
+        _stems.update(map(lora_stem, unet_modules()))
         projections = [f"self_attn_{name}" for name in ("q_proj", "k_proj", "v_proj", "out_proj")] + ["mlp_fc1", "mlp_fc2"]
         for prefix, num_layers in TEXT_ENCODER_LAYERS.items():
             _stems.update(f"{prefix}_text_model_encoder_layers_{layer}_{name}"
@@ -111,7 +111,7 @@ def known_stems() -> frozenset[str]:
 _stems: set[str] = set()
 
 
-def _unet_modules():
+def unet_modules():
     """Diffusers names, by rule."""
     for block, (num_attentions, depth) in ATTENTION_BLOCKS.items():
         for attention in range(num_attentions):
@@ -152,7 +152,7 @@ def _check_module(report: Report, squares: dict, stem: str, alpha: np.ndarray, d
     flat_down, flat_up = down.reshape(rank, -1).astype(np.float64), up.reshape(up.shape[0], rank).astype(np.float64)
     # ||up @ down||^2 without the large product: trace of two (rank, rank) matrices.
     square = float(np.sum((flat_up.T @ flat_up) * (flat_down @ flat_down.T))) * (alpha_value / rank) ** 2
-    squares[_block(stem)] += square
+    squares[block_of(stem) or stem[5:8]] += square
     if rank not in report.ranks:
         report.ranks = sorted([*report.ranks, rank])
     if alpha_value not in report.alphas:
@@ -174,14 +174,6 @@ def _check_whole(report: Report, modules: dict) -> None:
             names = [f"{encoder}_text_model_encoder_layers_{layer}_self_attn_{p}_proj" for p in ("q", "k", "v", "out")]
             if encoder == "lora_te2" and 0 < sum(name in modules for name in names) < 4:
                 report.problems.append(f"{encoder} layer {layer} has only some of q, k, v, out: A1111 then skips them all")
-
-
-def _block(stem: str) -> str:
-    """IN04, MID, OUT03 as people name SDXL's blocks; te1, te2 for the text encoders."""
-    match = re.match(r"lora_unet_(input|middle|output)_blocks?_(\d+)", stem)
-    if not match:
-        return stem[5:8]
-    return "MID" if match[1] == "middle" else f"{'IN' if match[1] == 'input' else 'OUT'}{int(match[2]):02d}"
 
 
 def report_lines(report: Report) -> list[str]:

@@ -53,11 +53,13 @@ class Trainer:
         started = time.perf_counter()
         learning_rate = plan.learning_rate * learning_rate_factor(plan.scheduler, step, plan.steps, plan.warmup_ratio)
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group["rate_factor"]
         # Network-wide draws, such as dropout, must not depend on how often the run was stopped either.
         torch.manual_seed(step_generator(plan.seed, step, -1).initial_seed())
 
+        self.network.train(True)
         loss, num_pictures, data_wait_s = self._accumulate_gradients(step)
+        self.network.train(False)
         grad_norm = self._apply_gradients(loss)
         skipped = self.skipped_in_a_row > 0
         if not skipped:
@@ -97,6 +99,8 @@ class Trainer:
         grad_norm = nn.utils.clip_grad_norm_(parameters, max_norm).item()
         if math.isfinite(loss) and math.isfinite(grad_norm):
             self.scaler.step(self.optimizer)
+            if self.plan.max_norm:
+                self.network.limit_norms(self.plan.max_norm)
             self.skipped_in_a_row = 0
         else:
             self.skipped_in_a_row += 1

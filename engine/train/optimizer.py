@@ -9,8 +9,13 @@ from crumb.profiles.errors import RequestError
 from crumb.profiles.plan import Plan
 
 
-def make_optimizer(plan: Plan, parameters: list, device: torch.device, warn: Callable[[str], None]) -> Optimizer:
-    """The plan's optimizer over `parameters`; `warn` gets a sentence where another had to stand in."""
+def make_optimizer(plan: Plan, groups: list[tuple[float, list]], device: torch.device,
+                   warn: Callable[[str], None]) -> Optimizer:
+    """The plan's optimizer over (rate factor, parameters) groups; `warn` gets a sentence where another had to stand in.
+
+    The factors stand in the optimizer's groups as `rate_factor`; whoever sets the rate multiplies by them.
+    """
+    parameters = [{"params": members, "rate_factor": factor} for factor, members in groups]
     arguments = {name: tuple(value) if isinstance(value, list) else value for name, value in plan.optimizer_args.items()}
     if plan.optimizer == "AdamW8bit":
         make = _adamw_8bit(device, warn)

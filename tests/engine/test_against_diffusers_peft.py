@@ -53,7 +53,9 @@ def random_batch(generator):
 def test_loss_and_gradients(tiny_base, diffusers_folder, make_plan, targets, prediction_type, checkpointing):
     generator = torch.Generator().manual_seed(5)
     unet = load_unet(inspect_base_model(tiny_base), torch.float32)
-    network = attach_lora(unet, targets, RANK, ALPHA, RANK, ALPHA, seed=1)
+    plan = make_plan(prediction_type=prediction_type, targets=targets, rank=RANK, alpha=ALPHA, conv_alpha=ALPHA,
+                     conv_rank=RANK if "conv" in targets else 0)
+    network = attach_lora(unet, plan)
     for layer in network.layers.values():
         layer.lora_B.data = torch.randn(layer.lora_B.shape, generator=generator) * 0.05
     if checkpointing:
@@ -64,7 +66,7 @@ def test_loss_and_gradients(tiny_base, diffusers_folder, make_plan, targets, pre
     target = prediction_target(latents, noise, timesteps, schedule, prediction_type)
     placement = Placement(torch.device("cpu"), torch.float32, checkpointing)
     loss = forward_loss(unet, batch, add_noise(latents, noise, timesteps, schedule), target, timesteps, schedule,
-                        make_plan(prediction_type=prediction_type), placement).mean()
+                        plan, placement).mean()
     loss.backward()
 
     reference = UNet2DConditionModel.from_pretrained(diffusers_folder / "unet").requires_grad_(False)

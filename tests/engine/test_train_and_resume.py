@@ -22,6 +22,7 @@ from crumb.engine.network.lora import attach_lora
 from crumb.engine.run.directory import RunDirectory
 from crumb.engine.run.events import read_events
 from crumb.profiles.base_model import inspect_base_model
+from crumb.profiles.plan import load_plan
 
 STEPS = 30
 COMMON = ["--subject", "style", "--gpu", "cpu", "--trigger", "crumbtest", "--set", f"steps={STEPS}", "--set", "rank=4",
@@ -77,7 +78,7 @@ def test_every_judging_is_told_and_the_best_is_kept(straight):
     assert metadata["ss_num_train_images"] == str(5 * int(json.loads(metadata["ss_dataset_dirs"]).popitem()[1]["n_repeats"]))
 
 
-def test_diffusers_renders_the_saved_change_exactly(straight, tiny_base):
+def test_diffusers_renders_the_saved_change_exactly(straight, plan, tiny_base):
     """Base and LoRA read by diffusers' own code against W + alpha/rank up @ down by hand, and against the trainer's U-Net."""
     loaded, merged, without_lora = diffusers_unet(tiny_base), diffusers_unet(tiny_base), diffusers_unet(tiny_base)
     state_dict, alphas = StableDiffusionXLPipeline.lora_state_dict(str(straight.result), unet_config=loaded.config)
@@ -98,7 +99,7 @@ def test_diffusers_renders_the_saved_change_exactly(straight, tiny_base):
               "encoder_hidden_states": torch.randn(2, 77, 128, generator=generator),
               "added_cond_kwargs": {"text_embeds": torch.randn(2, 64, generator=generator), "time_ids": torch.ones(2, 6)}}
     trained = load_unet(inspect_base_model(tiny_base), torch.float32)
-    network = attach_lora(trained, "attention+ff+conv", 4, 2.0, 2, 1.0, seed=42)
+    network = attach_lora(trained, load_plan(plan))
     assert sorted(network.layers) == stems
     for stem, layer in network.layers.items():
         layer.lora_A.data, layer.lora_B.data = file[f"{stem}.lora_down.weight"], file[f"{stem}.lora_up.weight"]
@@ -230,6 +231,23 @@ def test_resume_refuses_other_pictures_and_allows_what_changes_no_result(plan, p
                                                                       "gradient_checkpointing = true"))
     resumed = crumb("resume", "crumbtest", "--plain", CRUMB_RUNS=str(tmp_path))
     assert resumed.returncode == 0 and "activations recomputed" in run.events.read_text()
+
+
+def test_a_run_goes_on_from_a_lora_file(plan, straight, tmp_path):
+    """The first measurement of the new run is the last one of the old: the same weights, at another rank and alpha."""
+    again = tmp_path / "again.toml"
+    text = plan.read_text().replace("rank = 4", "rank = 8", 1).replace("alpha = 2.0", "alpha = 8.0", 1).replace(
+        'start_from = ""', f'start_from = "{straight.result}"').replace(f"steps = {STEPS}", "steps = 1")
+    again.write_text(text)
+    done = crumb("train", again, "--plain", CRUMB_RUNS=str(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    first, last = ([event for event in read_events(run.events)[0] if event["type"] == "judged"]
+                   for run in (RunDirectory(tmp_path / "crumbtest"), straight))
+    assert first[0]["training_loss"] == pytest.approx(last[-1]["training_loss"], rel=1e-5)
+    assert first[0]["training_loss"] != pytest.approx(last[0]["training_loss"], rel=1e-5)
+    again.write_text(text.replace(str(straight.result), str(tmp_path / "none.safetensors")))
+    refused = crumb("train", again, "--plain", CRUMB_RUNS=str(tmp_path / "other"))
+    assert refused.returncode == 2 and "none.safetensors" in refused.stderr
 
 
 def wait_for(condition, timeout_s: float = 90.0) -> None:

@@ -19,19 +19,19 @@ SDXL_METADATA = {"ss_base_model_version": "sdxl_base_v1-0"}
 
 @pytest.mark.parametrize(("targets", "num_modules", "num_parameters_at_16"), [
     ("attention", 560, 23.22e6), ("attention+ff", 722, 42.56e6), ("attention+ff+conv", 788, 49.19e6)])
-def test_full_size_sdxl_targets(targets, num_modules, num_parameters_at_16):
+def test_full_size_sdxl_targets(make_plan, targets, num_modules, num_parameters_at_16):
     """Counts of the published file format: 722 attention modules, 66 more with convolutions."""
     with torch.device("meta"):
         unet = UNet2DConditionModel(**make_unet_config((320, 640, 1280), (0, 2, 10), 2048, 1280, 2816, 128))
-    network = attach_lora(unet, targets, 16, 8.0, 16, 8.0, seed=0)
+    network = attach_lora(unet, make_plan(targets=targets, rank=16, alpha=8.0, conv_rank=16 if "conv" in targets else 0))
     assert len(network.layers) == num_modules and network.layers.keys() <= known_stems()
     assert network.num_parameters == pytest.approx(num_parameters_at_16, rel=1e-3)
 
 
 @pytest.fixture
-def network():
+def network(make_plan):
     unet = UNet2DConditionModel(**make_unet_config((32, 64, 128), (0, 1, 2), 128, 64, 64 + 6 * 256, 16))
-    network = attach_lora(unet, "attention+ff+conv", 8, 4.0, 4, 2.0, seed=0)
+    network = attach_lora(unet, make_plan(targets="attention+ff+conv", rank=8, alpha=4.0, conv_rank=4, conv_alpha=2.0))
     for layer in network.layers.values():
         torch.nn.init.normal_(layer.lora_B)
     return network

@@ -27,10 +27,10 @@ def trainer(tiny_base, tmp_path, make_plan):
         plan = make_plan(**{"rank": 4, "alpha": 4.0, "steps": 10, "learning_rate": 1e-3} | settings)
         placement = Placement(torch.device("cpu"), dtype, False)
         unet = load_unet(inspect_base_model(tiny_base), dtype)
-        network = attach_lora(unet, plan.targets, plan.rank, plan.alpha, plan.conv_rank, plan.conv_alpha, plan.seed)
+        network = attach_lora(unet, plan)
         for index, layer in enumerate(network.layers.values()):  # B is zero at first, and then dA is too
             layer.lora_B.data = torch.randn(layer.lora_B.shape, generator=torch.Generator().manual_seed(index)) * 0.05
-        optimizer = make_optimizer(plan, network.parameters(), placement.device, print)
+        optimizer = make_optimizer(plan, network.rate_groups(plan.lora_plus_ratio), placement.device, print)
         scaler = torch.amp.GradScaler("cpu", enabled=dtype == torch.float16)
         return Trainer(plan, unet, network, optimizer, scaler, training_set(tmp_path), placement, alphas_cumprod(False),
                        0.13025, SimpleNamespace(), SimpleNamespace())

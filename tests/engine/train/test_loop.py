@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from crumb.engine.train import loop
+from crumb.engine.train.judge import judge
 from crumb.engine.train.loop import Trainer
 from crumb.engine.train.noise import step_generator
 from crumb.engine.train.schedule import learning_rate_factor
@@ -120,3 +121,37 @@ def test_fp16_clips_the_true_gradient_not_the_scaled_one(trainer):
 
 def gradient_norm(run: Trainer) -> float:
     return torch.cat([parameter.grad.flatten() for parameter in run.network.parameters()]).norm().item()
+
+
+def change_of_one_step(run: Trainer) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    before = {stem: (layer.lora_A.detach().clone(), layer.lora_B.detach().clone())
+              for stem, layer in run.network.layers.items()}
+    run.train_step(0)
+    return {stem: (layer.lora_A.detach() - before[stem][0], layer.lora_B.detach() - before[stem][1])
+            for stem, layer in run.network.layers.items()}
+
+
+def test_rates_of_blocks_and_of_lora_up_are_kept_to(trainer):
+    """AdamW's first step moves every value by the rate itself."""
+    run = trainer(block_rates={"MID": 0.5}, lora_plus_ratio=4.0, scheduler="constant", optimizer_args={"weight_decay": 0.0})
+    for stem, (A, B) in change_of_one_step(run).items():
+        rate = 1e-3 * (0.5 if "middle" in stem else 1.0)
+        assert A.abs().median().item() == pytest.approx(rate, rel=1e-2), stem
+        assert B.abs().median().item() == pytest.approx(4 * rate, rel=1e-2), stem
+
+
+def test_norms_are_limited_after_each_step(trainer):
+    run = trainer(max_norm=0.05)
+    run.train_step(0)
+    norms = [(layer.lora_B.flatten(1) @ layer.lora_A.flatten(1) * layer.scaling).norm().item()
+             for layer in run.network.layers.values()]
+    assert max(norms) == pytest.approx(0.05, rel=1e-3)
+
+
+@pytest.mark.parametrize("setting", ["network_dropout", "rank_dropout", "module_dropout"])
+def test_dropout_acts_in_steps_repeatably_and_not_in_measurements(trainer, setting):
+    runs = [trainer(), trainer(**{setting: 0.5}), trainer(**{setting: 0.5})]
+    measured = {judge(run.unet, run.training_set, run.plan, run.placement, run.schedule, run.scaling_factor, 0) for run in runs}
+    assert len(measured) == 1
+    plain, dropped, again = (run.train_step(0)["loss"] for run in runs)
+    assert plain != dropped == again

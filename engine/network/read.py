@@ -1,0 +1,121 @@
+"""Reads a LoRA file of another program, or of crumb, to go on from (formats: kohya's names, diffusers', PEFT's)."""
+
+import json
+import re
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from crumb.engine.model.keys import lora_stem
+from crumb.engine.network.lora import Network
+from crumb.engine.network.verify import known_stems, unet_modules
+from crumb.profiles.errors import RequestError
+from crumb.profiles.safetensors_header import read_header
+
+_KINDS = re.compile(
+    r"(?P<name>.+)\.(?P<kind>alpha|lora_down\.weight|lora_up\.weight|lora_A(\.default)?\.weight|lora_B(\.default)?\.weight"
+    r"|lora\.down\.weight|lora\.up\.weight|lora_linear_layer\.down\.weight|lora_linear_layer\.up\.weight)")
+_TEXT_ENCODERS = {"text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
+
+
+@dataclass(frozen=True)
+class Change:
+    """One module's change, scale · up · down: `down` (R, in, ...) and `up` (out, R, ...), fp32."""
+
+    down: Tensor
+    up: Tensor
+    scale: float
+
+
+def read_lora(path: Path) -> dict[str, Change]:
+    """The file's changes by kohya's stems. RequestError where it is no SDXL LoRA that can be gone on from."""
+    header, metadata = read_header(path)
+    parts: dict[str, dict[str, str]] = defaultdict(dict)
+    for key in header:
+        match = _KINDS.fullmatch(key)
+        stem = match and _stem(match["name"])
+        if not stem:
+            raise RequestError(f"start_from: {path} holds {key}, which is no LoRA weight of SDXL that crumb can go on from "
+                               f"(LoHa, LoKr, DoRA and LoRAs of other models are not). Choose another file.")
+        kind = "alpha" if match["kind"] == "alpha" else "down" if re.search("down|lora_A", match["kind"]) else "up"
+        parts[stem][kind] = key
+    tensors, alpha_of_all = load_file(path), _peft_alpha(metadata)
+    changes = {}
+    for stem, keys in parts.items():
+        if not {"down", "up"} <= keys.keys():
+            raise RequestError(f"start_from: {path} has only part of {stem}. It is damaged: fetch it again.")
+        down, up = tensors[keys["down"]].float(), tensors[keys["up"]].float()
+        alpha = tensors[keys["alpha"]].item() if "alpha" in keys else alpha_of_all or down.shape[0]
+        changes[stem] = Change(down, up, alpha / down.shape[0])
+    return changes
+
+
+def start_from(network: Network, path: Path) -> tuple[int, list[str]]:
+    """Fills the network's layers from a file, in place; ranks may differ.
+
+    Returns how many layers were filled and which of the file's modules the network doesn't have.
+    """
+    changes = read_lora(path)
+    known = changes.keys() & network.layers.keys()
+    if not known:
+        raise RequestError(f"start_from: none of the {len(changes)} modules of {path} is trained by this plan (targets, "
+                           f"blocks). Choose another file, or other targets.")
+    for stem in known:
+        layer = network.layers[stem]
+        down, up = fitted(changes[stem], layer.rank)
+        theirs, ours = (up.shape[0], *down.shape[1:]), (layer.lora_B.shape[0], *layer.lora_A.shape[1:])
+        if theirs != ours:
+            raise RequestError(f"start_from: {stem} of {path} changes a layer of {theirs} where the base has {ours}: it "
+                               f"belongs to another base model.")
+        with torch.no_grad():
+            num_ranks = down.shape[0]
+            layer.lora_A[:num_ranks] = down
+            layer.lora_B.zero_()
+            layer.lora_B[:, :num_ranks] = (up / layer.scaling).view(up.shape[0], num_ranks, *layer.lora_B.shape[2:])
+    return len(known), sorted(changes.keys() - network.layers.keys())
+
+
+def fitted(change: Change, rank: int) -> tuple[Tensor, Tensor]:
+    """(down, up) of at most `rank` whose product is the change, or its best approximation (Eckart & Young 1936)."""
+    down, up = change.down, change.up.flatten(1) * change.scale
+    if down.shape[0] <= rank:
+        return down, up
+    # The product is large, its factors are not: QR of both leaves an SVD of R x R.
+    q_up, r_up = torch.linalg.qr(up.double())
+    q_down, r_down = torch.linalg.qr(down.flatten(1).double().T)
+    u, s, v = torch.linalg.svd(r_up @ r_down.T)
+    root = s[:rank].sqrt()
+    best_up, best_down = q_up @ u[:, :rank] * root, (q_down @ v.T[:, :rank] * root).T
+    return best_down.float().view(rank, *down.shape[1:]), best_up.float()
+
+
+def _stem(name: str) -> str | None:
+    """kohya's stem for a module named in any of the three ways."""
+    if name in known_stems():
+        return name
+    if not _by_diffusers_stem:
+        _by_diffusers_stem.update({"lora_unet_" + module.replace(".", "_"): lora_stem(module) for module in unet_modules()})
+    if name in _by_diffusers_stem:
+        return _by_diffusers_stem[name]
+    part, _, rest = name.partition(".")
+    rest = re.sub(r"\.processor\.(to_[qkv]|to_out)_lora", r".\1", rest)
+    if part == "unet":
+        return _by_diffusers_stem.get("lora_unet_" + re.sub(r"\.to_out$", ".to_out.0", rest).replace(".", "_"))
+    rest = rest if rest.startswith("text_model.") else f"text_model.{rest}"
+    stem = f"{_TEXT_ENCODERS.get(part)}_{rest.replace('.', '_')}"
+    return stem if stem in known_stems() else None
+
+
+_by_diffusers_stem: dict[str, str] = {}
+
+
+def _peft_alpha(metadata: dict[str, str]) -> float | None:
+    """The one alpha that diffusers writes into a file's metadata since 0.35."""
+    try:
+        return float(json.loads(metadata["lora_adapter_metadata"])["unet.lora_alpha"])
+    except (KeyError, ValueError, TypeError):
+        return None
