@@ -59,6 +59,8 @@ class Plan:
     prediction_type: str = _setting(
         "base", "What the base model predicts", "epsilon", choices=("epsilon", "v_prediction"))
     zero_terminal_snr: bool = _setting("base", "The base was trained with zero terminal SNR", False)
+    clip_skip: int = _setting("base", "Which layer of the text encoders is read, counted from the end; SDXL's own is 2", 2,
+                              low=1, high=12)
 
     images: str = _setting("data", "Folder of pictures, captions beside them as .txt or .caption")
     trigger: str = _setting("data", "Word that calls the LoRA; put before every caption that lacks it", "")
@@ -131,6 +133,12 @@ class Plan:
                               choices=OPTIMIZERS)
     optimizer_args: dict = _setting("optimizer", "Further arguments of the optimizer", {})
     learning_rate: float = _setting("optimizer", "How strongly each step learns", 1e-4, low=1e-9, high=10)
+    text_encoder_learning_rate: float = _setting("optimizer", "Rate of text encoder 1 (CLIP-L); 0 = it doesn't learn", 0.0,
+                                                 low=0, high=10)
+    text_encoder_2_learning_rate: float = _setting("optimizer", "Rate of text encoder 2 (bigG); 0 = it doesn't learn", 0.0,
+                                                   low=0, high=10)
+    text_encoder_stop_after: float = _setting("optimizer", "Share of all steps in which the text encoders learn", 1.0,
+                                              low=0, high=1)
     lora_plus_ratio: float = _setting("optimizer", "LoRA+: how much faster lora_up learns than lora_down; 1 = alike", 1.0,
                                       low=0.01, high=100)
     scheduler: str = _setting("optimizer", "How the rate changes over the run", "constant", choices=SCHEDULERS)
@@ -325,10 +333,19 @@ def _check_blocks(plan: Plan) -> None:
                 raise RequestError(f"{name} gives {block} {value!r}; it must be a {kind} from {low} to {high}.")
     if all(plan.block_rates.get(block) == 0 for block in (BLOCKS if "conv" in plan.targets else ATTENTION_BLOCKS)):
         raise RequestError("block_rates is 0 for every block that could learn. Leave at least one above 0.")
+    if plan.optimizer in ADAPTIVE_OPTIMIZERS:
+        _check_one_rate(plan)
+
+
+def _check_one_rate(plan: Plan) -> None:
     factors = {*plan.block_rates.values(), plan.lora_plus_ratio} - {0, 1}
-    if plan.optimizer in ADAPTIVE_OPTIMIZERS and factors:
+    if factors:
         raise RequestError(f"{plan.optimizer} finds one rate for all that learns, so block_rates may only be 0 or 1 and "
                            f"lora_plus_ratio 1 ({', '.join(map(str, sorted(factors)))} now). AdamW8bit takes any.")
+    for name in ("text_encoder_learning_rate", "text_encoder_2_learning_rate"):
+        if getattr(plan, name) not in (0, plan.learning_rate):
+            raise RequestError(f"{name} is {getattr(plan, name):g}; {plan.optimizer} finds one rate for all that learns, so "
+                               f"it must be {plan.learning_rate:g} or 0.")
 
 
 def _check_optimizer_args(plan: Plan) -> None:

@@ -3,10 +3,11 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 
 from crumb.engine.model.load import load_text_encoders
-from crumb.engine.model.text import encode_prompts
+from crumb.engine.model.text import encode_prompts, pad_chunks
 from crumb.engine.model.tiny import write_sdxl
 from crumb.engine.model.tokenizer import make_tokenizers
 from crumb.profiles.base_model import inspect_base_model
+from crumb.profiles.errors import RequestError
 
 
 def test_known_token_ids_and_both_paddings():
@@ -36,6 +37,44 @@ def test_conditioning_equals_the_reference_pipeline(tmp_path):
         torch.testing.assert_close(states[index], expected_states[0], atol=1e-5, rtol=0)
         torch.testing.assert_close(pooled[index], expected_pooled[0], atol=1e-5, rtol=0)
     assert (states[0] - states[1]).abs().max() > 0.1
+
+
+@pytest.fixture(scope="module")
+def encoders(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "tiny.safetensors"
+    write_sdxl(path, vae=False)
+    return load_text_encoders(inspect_base_model(path), torch.float32)
+
+
+@pytest.mark.parametrize("clip_skip", [2, 3])
+def test_clip_skip_is_the_reference_pipelines_plus_two(encoders, clip_skip):
+    """diffusers counts from SDXL's own second-last layer, people count from the end."""
+    pipeline = StableDiffusionXLPipeline(
+        vae=None, unet=None, scheduler=None, text_encoder=encoders.text_encoder, text_encoder_2=encoders.text_encoder_2,
+        tokenizer=encoders.tokenizer, tokenizer_2=encoders.tokenizer_2, add_watermarker=False,
+    )  # fmt: skip
+    expected, _, pooled, _ = pipeline.encode_prompt("a cat", do_classifier_free_guidance=False, device="cpu",
+                                                    clip_skip=clip_skip - 2 or None)
+    got = encode_prompts(encoders, ["a cat"], clip_skip)
+    torch.testing.assert_close(got[0], expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(got[1], pooled, atol=1e-5, rtol=0)
+    with pytest.raises(RequestError, match="layers"):
+        encode_prompts(encoders, ["a cat"], 12)
+
+
+def test_long_prompts_are_chunks_laid_one_after_the_other(encoders):
+    cats, dogs = "cat " * 75, "dog " * 30
+    both, first, second = (encode_prompts(encoders, [text], 2, 150) for text in (cats + dogs, cats, dogs))
+    assert both[0].shape[1] == 154
+    torch.testing.assert_close(both[0], torch.cat([first[0], second[0]], dim=1), atol=1e-5, rtol=0)
+    torch.testing.assert_close(both[1], first[1], atol=1e-5, rtol=0)
+    assert encode_prompts(encoders, [cats + dogs])[0].shape[1] == 77, "cut off where no more is asked for"
+    assert encode_prompts(encoders, [cats * 4], 2, 225)[0].shape[1] == 231
+    # Beside a long one, a short prompt gets empty chunks; from the cache the same comes by pad_chunks.
+    together = encode_prompts(encoders, [cats + dogs, "a cat"], 2, 150)[0]
+    short, empty = encode_prompts(encoders, ["a cat"])[0][0], encode_prompts(encoders, [""])[0][0]
+    padded = pad_chunks([both[0][0], short], empty)
+    torch.testing.assert_close(padded, together, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("trained", [False, True])
