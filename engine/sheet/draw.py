@@ -32,12 +32,13 @@ MIN_WIDTH = 480
 MAX_TITLE_LINES = 2
 GAP = 6
 FRAME = 3
-PAPER, INK, BLANK, MARK = "white", "black", "#e8e8e8", "#1a7f37"
+PAPER, INK, BLANK, MARK = "#e6e6e6", "black", "#cfcfcf", "#12702e"
+"""The paper is grey, so that pictures on white show where they end."""
 
 WIDE_FONTS = ("NotoSansCJK-Regular.ttc", "NotoSansCJKsc-Regular.otf", "wqy-microhei.ttc", "wqy-zenhei.ttc",
               "DroidSansFallbackFull.ttf", "/mnt/c/Windows/Fonts/msyh.ttc", "DejaVuSans.ttf")
 """Tried for letters that Pillow's own font lacks; the path is Windows' own, as WSL2 sees it."""
-LAST_LATIN = 0x24F
+LAST_ASCII = 0x7E
 
 Band = tuple[int, Callable[[Image.Image, int], None]]
 """A stripe across the sheet: its height, and what paints it from a given line on."""
@@ -86,7 +87,7 @@ def draw_sheet(heading: str, columns: list[str], blocks: list[Block]) -> Image.I
     width = max(MIN_WIDTH, lefts[-1])
     bands = _text(heading, size, width)
     for index, block in enumerate(blocks):
-        bands += _text(block.title, size, width)
+        bands += [_blank(GAP), *_text(block.title, size, width)]
         if index == 0 or len(block.rows) > 1:
             bands.append(_columns(columns, size, lefts, column_width))
         bands += [_row(row, size, lefts, column_width) for row in block.rows]
@@ -106,8 +107,8 @@ def save_sheet(sheet: Image.Image, path: Path) -> None:
 
 
 @lru_cache
-def _font(size: int, latin: bool):
-    for name in () if latin else WIDE_FONTS:
+def _font(size: int, ascii: bool):
+    for name in () if ascii else WIDE_FONTS:
         try:
             return ImageFont.truetype(name, size)
         except OSError:
@@ -116,8 +117,8 @@ def _font(size: int, latin: bool):
 
 
 def font_for(text: str, size: int):
-    """Pillow's own font, or one of this machine that has the letters of other scripts."""
-    return _font(size, all(ord(letter) <= LAST_LATIN for letter in text))
+    """Pillow's own font, or one of this machine with the letters of other scripts."""
+    return _font(size, all(ord(letter) <= LAST_ASCII for letter in text))
 
 
 def wrapped(text: str, font, width: int, max_lines: int) -> list[str]:
@@ -155,6 +156,10 @@ def _text(text: str, size: int, width: int) -> list[Band]:
             ImageDraw.Draw(sheet).text((GAP, top + GAP + index * _line_height(size)), line, INK, font)
 
     return [(GAP + len(lines) * _line_height(size), paint)] if lines else []
+
+
+def _blank(height: int) -> Band:
+    return height, lambda sheet, top: None
 
 
 def _columns(columns: list[str], size: int, lefts: list[int], column_width: int) -> Band:
