@@ -7,7 +7,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from crumb.engine.run.directory import RunDirectory, engine_is_alive, find_run, list_runs
@@ -25,7 +25,7 @@ LINE_EVERY_S = 5.0
 PATIENCE_S = 10.0
 NUM_ERROR_LINES = 8
 MIN_CELLS, MAX_LINES = 10, 60
-"""What a picture of the sheet needs in letters across, and the sheet in lines, to be recognised in a terminal."""
+"""Letters across that a picture of the sheet needs to be recognised, and lines that the whole may fill."""
 
 
 def sheet(options) -> int:
@@ -106,8 +106,7 @@ def draw(run: RunDirectory, request: dict, num_pictures: int, options) -> int:
         error = ""
         try:
             with _progress(num_pictures, options) as tell:
-                for line in process.stdout:
-                    event = json.loads(line)
+                for event in _events(process):
                     if event["type"] == "progress":
                         tell(event)
                     elif event["type"] == "warning":
@@ -123,6 +122,15 @@ def draw(run: RunDirectory, request: dict, num_pictures: int, options) -> int:
             print("\n".join([f"crumb: {error or 'the drawing process died'}", *(last_lines if code == 1 or not error else [])]),
                   file=sys.stderr)
     return code if code in (0, 2, 75) else 1
+
+
+def _events(process: subprocess.Popen) -> Iterator[dict]:
+    """What the process tells; a library may print lines of its own between."""
+    for line in process.stdout:
+        with suppress(ValueError):
+            event = json.loads(line)
+            if isinstance(event, dict) and "type" in event:
+                yield event
 
 
 def _end(process: subprocess.Popen) -> None:
@@ -188,9 +196,9 @@ def show(path: Path, files: list[LoraFile], num_strengths: int, options) -> None
     console = Console(highlight=False, markup=False)
     if can_show_pictures(console, options.ascii) and not options.plain:
         with Image.open(path) as picture:
-            lines = picture.height / picture.width * console.width / 2
-        legible = console.width / (num_strengths + 2) >= MIN_CELLS and lines <= MAX_LINES
-        drawn = graphics(path, console.width) or (half_blocks(path, console.width - 1) if legible else None)
+            width = min(console.width - 1, round(2 * MAX_LINES * picture.width / picture.height))
+        legible = width / (num_strengths + 2) >= MIN_CELLS  # the base and the labels take a column each
+        drawn = graphics(path, console.width) or (half_blocks(path, width) if legible else None)
         if drawn is not None:
             console.print(drawn)
     print("Rows from above, the same for each prompt; the first column is the base model alone:")

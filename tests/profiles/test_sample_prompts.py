@@ -1,9 +1,15 @@
 """sd-scripts' options at the end of a prompt: each is read, and each mistake is named before a run starts."""
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 
+from crumb.profiles.answers import Answers
+from crumb.profiles.dataset import Picture
 from crumb.profiles.errors import RequestError
-from crumb.profiles.plan import check_value, dump_plan, parse_plan
+from crumb.profiles.interview import default_prompts
+from crumb.profiles.plan import dump_plan, parse_plan
 from crumb.profiles.sample_prompts import SamplePrompt, parse_sample_prompts, sample_prompts, texts_of, without_options
 
 
@@ -47,4 +53,6 @@ def test_mistakes_are_named_when_the_plan_is_checked(make_plan, options, named):
 def test_captions_from_elsewhere_give_prompts_without_their_options():
     assert without_options("a cat, oil on canvas --ar 16:9 --v 6") == "a cat, oil on canvas"
     assert without_options("--ar 16:9") == ""
-    assert check_value("sample_negative", "blurry") == "blurry"
+    scan = SimpleNamespace(pictures=[Picture(Path("a.png"), 64, 64, 1, "a cat, oil on canvas --ar 16:9", None)])
+    answers = Answers(images="p", base="b", subject="style", trigger="ohwx")
+    assert default_prompts(answers, scan)[-1] == "ohwx, a cat, oil on canvas"
