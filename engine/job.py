@@ -25,8 +25,8 @@ from crumb.engine.run.control import progress_reporter, take_request
 from crumb.engine.run.directory import RunDirectory, write_atomic
 from crumb.engine.run.events import EventWriter
 from crumb.engine.run.status import Status
+from crumb.engine.sheet.over_time import draw_before_after, draw_over_time
 from crumb.engine.train.checkpoint import (
-    checkpoint_name,
     load_checkpoint,
     lora_in_checkpoint,
     prune_checkpoints,
@@ -37,7 +37,7 @@ from crumb.engine.train.judge import judge
 from crumb.engine.train.loop import Trainer
 from crumb.engine.train.noise import alphas_cumprod
 from crumb.engine.train.optimizer import make_optimizer
-from crumb.engine.train.sample import contact_sheet, sample_pictures
+from crumb.engine.train.sample import sample_pictures
 from crumb.profiles.base_model import BaseModel
 from crumb.profiles.errors import CrumbError, RequestError
 from crumb.profiles.plan import Plan, load_plan
@@ -50,8 +50,8 @@ SMALL_UNET_PARAMETERS = 100_000_000
 
 CHANGEABLE = {
     "name", "created", "gradient_checkpointing", "cache_latents", "vae_tiling", "vram_gib", "skip_broken", "save_precision",
-    "save_every", "keep_checkpoints", "judge_every", "sample_every", "sample_prompts", "sample_steps", "sample_guidance",
-    "images", "base_model", "vae",
+    "save_every", "keep_checkpoints", "judge_every", "sample_every", "sample_prompts", "sample_negative", "sample_steps",
+    "sample_guidance", "images", "base_model", "vae",
 }
 """Settings that don't change what is learned, or whose content is compared by its own hash."""
 
@@ -86,7 +86,7 @@ def run_job(run: RunDirectory, events: EventWriter, status: Status) -> int:
     progress = partial(progress_reporter, run, events)
     facts = preflight(plan, progress("scan"))
 
-    _settle_torch(facts.base, placement)
+    settle_torch(facts.base, placement)
     status.update(phase="cache")
     training_set = prepare(plan, facts.base, facts.scan, placement, events, progress)
 
@@ -102,7 +102,7 @@ def run_job(run: RunDirectory, events: EventWriter, status: Status) -> int:
     return 0
 
 
-def _settle_torch(base: BaseModel, placement: Placement) -> None:
+def settle_torch(base: BaseModel, placement: Placement) -> None:
     """The same sums in the same order every time; and threads where they help."""
     if placement.device.type == "cuda":
         # cuBLAS reads its part (CUBLAS_WORKSPACE_CONFIG) from the environment that the launcher sets.
@@ -218,9 +218,10 @@ def _sample(job: Job, step: int) -> None:
         paths = sample_pictures(job.trainer.unet, job.training_set, job.plan, job.base, job.placement,
                                 job.run.samples, step)
         job.events.emit("sample", step=step, paths=[str(path.relative_to(job.run.path)) for path in paths])
+        draw_over_time(job.run.samples, job.run.name, job.plan.sample_prompts)
     except (torch.OutOfMemoryError, OSError) as error:
         log.exception("sampling failed")
-        job.events.emit("warning", text=f"No sample pictures at step {step}: {error}. Training goes on.")
+        job.events.emit("warning", text=f"Sampling at step {step} failed: {error}. Training goes on.")
     job.events.emit("phase", phase="train")
     status.update(state="training", phase="train")
 
@@ -236,9 +237,7 @@ def _finish(job: Job, seconds: float) -> None:
         raise CrumbError(f"The saved file {run.result} did not pass its check: {'; '.join(report.problems)}. "
                          f"The checkpoints are kept.")
     write_atomic(run.result.with_suffix(".json"), json.dumps(sidecar(plan), ensure_ascii=False, indent=1).encode())
-    samples = [sorted(run.samples.glob(f"{checkpoint_name(step)}-*.png")) for step in (0, plan.steps)]
-    if all(samples):
-        contact_sheet(list(zip(*samples)), run.path / f"{run.name}.png")
+    draw_before_after(run.samples, run.name, plan.sample_prompts, plan.steps, run.result.with_suffix(".png"))
     job.events.emit("saved", step=plan.steps, path=run.result.name, kind="result")
     _keep_best(job)
     peak = torch.cuda.max_memory_reserved() if job.placement.device.type == "cuda" else None

@@ -16,6 +16,7 @@ from crumb.profiles.derive import Derivation, class_word_for, derive
 from crumb.profiles.errors import RequestError
 from crumb.profiles.hardware import Gpu, resolve_gpu
 from crumb.profiles.plan import Plan, check_value, dump_plan, plan_fields
+from crumb.profiles.sample_prompts import without_options
 
 NUM_SAMPLE_PROMPTS = 2
 NUM_REMARKS = 5
@@ -158,9 +159,9 @@ def default_name(answers: Answers) -> str:
 
 def default_prompts(answers: Answers, scan: Scan) -> list[str]:
     """The bare trigger and class, then one of the set's own captions."""
-    prompts = [f"{answers.trigger} {class_word_for(answers)}".strip()]
+    prompts = [without_options(f"{answers.trigger} {class_word_for(answers)}")]
     for picture in scan.pictures:
-        caption = caption_for(picture, answers.trigger, class_word_for(answers))
+        caption = without_options(caption_for(picture, answers.trigger, class_word_for(answers)))
         if caption not in prompts:
             prompts.append(caption)
         if len(prompts) == NUM_SAMPLE_PROMPTS:

@@ -16,6 +16,7 @@ import tomlkit
 
 from crumb.profiles.blocks import ATTENTION_BLOCKS, BLOCKS
 from crumb.profiles.errors import RequestError
+from crumb.profiles.sample_prompts import sample_prompts
 
 PLAN_VERSION = 1
 
@@ -156,7 +157,10 @@ class Plan:
     judge_every: int = _setting("output", "Steps between measurements on fixed noise; 0 = only first and last", 250, low=0,
                                 high=1_000_000)
     sample_every: int = _setting("output", "Steps between sample pictures; 0 = none", 250, low=0, high=1_000_000)
-    sample_prompts: list = _setting("output", "One picture is made of each", [])
+    sample_prompts: list = _setting(
+        "output", "One picture is made of each; may end in --n negative --d seed --w width --h height --l guidance --s steps",
+        [])
+    sample_negative: str = _setting("output", "What sample pictures should not show, where the prompt has no --n", "")
     sample_steps: int = _setting("output", "Denoising steps per sample picture", 20, low=1, high=200)
     sample_guidance: float = _setting("output", "Classifier-free guidance of sample pictures", 6.0, low=1, high=30)
 
@@ -298,6 +302,7 @@ def _check_together(plan: Plan) -> None:
     if plan.resolution % 64:
         raise RequestError(f"resolution is {plan.resolution}; it must be a multiple of 64 (guide: CROP). "
                            f"Use {round(plan.resolution / 64) * 64}.")
+    sample_prompts(plan)
     if ("conv" in plan.targets) != (plan.conv_rank > 0):
         raise RequestError(f"targets is {plan.targets!r} but conv_rank is {plan.conv_rank}. Set conv_rank above 0 together "
                            f"with targets = \"attention+ff+conv\", or neither.")

@@ -13,6 +13,7 @@ from crumb.profiles.answers import LOOKS, SUBJECTS, Answers
 from crumb.profiles.errors import CrumbError
 
 EXIT_CODES = "exit codes: 0 done, 1 the run failed, 2 the request was wrong, 3 stopped on request, 75 busy now"
+MAX_STRENGTH = 5
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -59,6 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_plan(add)
     _add_training(add)
     _add_runs(add)
+    _add_sheet(add)
     _add_checks(add)
     return parser
 
@@ -116,12 +118,38 @@ def _add_runs(add) -> None:
         command.add_argument("name", metavar="RUN", help="run name or folder")
 
 
+def _add_sheet(add) -> None:
+    sheet = add("sheet", "draw every checkpoint of a run at several strengths into one picture, to choose the file to keep",
+                "crumb sheet ohwx --strengths 0.6,0.8,1.0 --prompts \"ohwx cat --d 7\"", module="sheet")
+    sheet.add_argument("name", metavar="RUN", help="run name or folder")
+    sheet.add_argument("--strengths", metavar="LIST", type=_strengths, default=[0.4, 0.6, 0.8, 1.0, 1.2],
+                       help="strengths of the LoRA, with commas between (default: 0.4,0.6,0.8,1.0,1.2)")
+    sheet.add_argument("--prompts", metavar="PROMPT", nargs="+",
+                       help="a number: the first of the plan's sample prompts; else new ones, each in quotes, with the options "
+                            "of sample prompts (--n, --d, --w, --h, --l, --s) at their end (default: all of the plan's)")
+    sheet.add_argument("--steps", metavar="N", help="denoising steps of every picture (default: as the plan says)")
+    sheet.add_argument("--out", metavar="FILE.png", help="picture to write (default: sheet.png in the run's folder)")
+    sheet.add_argument("--plain", action="store_true", help="print lines, and no picture")
+
+
 def _add_checks(add) -> None:
     verify = add("verify", "check that a LoRA file will load everywhere", "crumb verify runs/ohwx/ohwx.safetensors")
     verify.add_argument("file", metavar="FILE", help="LoRA .safetensors file")
     doctor = add("doctor", "show what this machine can do", "crumb doctor", module="doctor")
     for command in (verify, doctor):
         command.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _strengths(text: str) -> list[float]:
+    try:
+        # Without 0: the base model alone is the first column anyway.
+        strengths = [strength for strength in dict.fromkeys(float(part) for part in text.split(",")) if strength]
+    except ValueError:
+        strengths = []
+    if not strengths or not all(-MAX_STRENGTH <= strength <= MAX_STRENGTH for strength in strengths):
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of strengths; give numbers from -{MAX_STRENGTH} to "
+                                         f"{MAX_STRENGTH} with commas between, such as 0.6,0.8,1.0")
+    return strengths
 
 
 def _gib(text: str) -> float:

@@ -6,14 +6,16 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw
 
+from crumb.engine.data.caches import cache_prompts
 from crumb.engine.memory.placement import choose_placement
-from crumb.engine.model.load import load_text_encoders, load_unet, load_vae
+from crumb.engine.model.load import load_text_encoders, load_unet
 from crumb.engine.model.text import encode_prompts
 from crumb.engine.run.demo import write_demo_base
-from crumb.engine.train.sample import decode, denoise
-from crumb.profiles.base_model import inspect_base_model
+from crumb.engine.train.sample import decode, denoise, load_decoder
+from crumb.profiles.base_model import fingerprint, inspect_base_model
 from crumb.profiles.paths import cache_dir
 from crumb.profiles.plan import Plan
+from crumb.profiles.sample_prompts import sample_prompts
 
 PROMPTS = (
     "red apple", "cat face", "sun", "automobile", "pizza", "rose", "fish", "house",
@@ -29,13 +31,13 @@ def draw(base_file: Path, prompts: tuple[str, ...], steps: int = 25, guidance: f
     """One picture a prompt, seeds 0, 1, ...; fp32 on the CPU."""
     base = inspect_base_model(base_file)
     plan = Plan(name="sheet", created=CREATED, base_model=str(base_file), images="", resolution=base.native_resolution,
-                sample_steps=steps, sample_guidance=guidance, device="cpu", mixed_precision="no")
+                seed=0, sample_prompts=list(prompts), sample_steps=steps, sample_guidance=guidance, device="cpu",
+                mixed_precision="no")
     placement = choose_placement(plan)
-    encoders, unet = load_text_encoders(base, torch.float32), load_unet(base, torch.float32)
-    vae = load_vae(base, None, torch.float32)
-    hidden, pooled = encode_prompts(encoders, ["", *prompts])
-    entries = [{"encoder_hidden_states": h, "pooled": p} for h, p in zip(hidden, pooled)]
-    return [decode(vae, denoise(unet, entries[0], entry, plan, placement, seed)) for seed, entry in enumerate(entries[1:])]
+    paths = cache_prompts(["", *prompts], lambda: load_text_encoders(base, torch.float32), encode_prompts,
+                          fingerprint(base_file), str(torch.float32), cache_dir() / "prompts", on_progress=lambda *_: None)
+    unet, vae = load_unet(base, torch.float32), load_decoder(plan, base, placement)
+    return [decode(vae, denoise(unet, paths, prompt, plan, placement)) for prompt in sample_prompts(plan)]
 
 
 def sheet(pictures: list[Image.Image], labels: tuple[str, ...]) -> Image.Image:

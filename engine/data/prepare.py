@@ -27,6 +27,7 @@ from crumb.profiles.derive import plan_crops
 from crumb.profiles.errors import CrumbError
 from crumb.profiles.paths import cache_dir
 from crumb.profiles.plan import Plan
+from crumb.profiles.sample_prompts import sample_prompts, texts_of
 
 log = logging.getLogger("crumb")
 
@@ -117,7 +118,7 @@ def prepare(plan: Plan, base: BaseModel, scan: Scan, placement: Placement, event
     )
     events.emit("phase", phase="cache captions")
     prompt_paths = cache_prompts(
-        [*captions, *plan.sample_prompts, ""],
+        [*captions, *texts_of(sample_prompts(plan)), ""],
         lambda: load_text_encoders(base, placement.encoder_dtype, placement.device),
         encode_prompts, base_sha256, precision, cache_dir() / "prompts",
         on_progress=progress("cache captions"),

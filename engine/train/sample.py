@@ -5,6 +5,7 @@ takes no more memory than a training step.
 """
 
 import gc
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -16,22 +17,17 @@ from crumb.engine.data.prepare import TrainingSet, load_entry
 from crumb.engine.memory.placement import Placement
 from crumb.engine.model.load import load_vae, tile_vae
 from crumb.engine.train.noise import BETA_END, BETA_START, NUM_TIMESTEPS
-from crumb.profiles.base_model import BaseModel
+from crumb.profiles.base_model import VAE_SCALE, BaseModel
 from crumb.profiles.plan import Plan
-
-NEGATIVE_PROMPT = ""
+from crumb.profiles.sample_prompts import SamplePrompt, sample_prompts
 
 
 def sample_pictures(unet, training_set: TrainingSet, plan: Plan, base: BaseModel, placement: Placement,
                     folder: Path, step: int) -> list[Path]:
     """One picture per sample prompt, always from the same noise, as folder/step-000500-0.png and so on."""
-    embeddings = [load_entry(training_set.prompt_paths[prompt]) for prompt in (NEGATIVE_PROMPT, *plan.sample_prompts)]
     with torch.no_grad():
-        latents = [denoise(unet, embeddings[0], embedding, plan, placement, plan.seed + index)
-                   for index, embedding in enumerate(embeddings[1:])]
-        vae = load_vae(base, Path(plan.vae) if plan.vae else None, placement.encoder_dtype, placement.device)
-        if plan.vae_tiling:
-            tile_vae(vae)
+        latents = [denoise(unet, training_set.prompt_paths, prompt, plan, placement) for prompt in sample_prompts(plan)]
+        vae = load_decoder(plan, base, placement)
         images = [decode(vae, one) for one in latents]
     del vae
     gc.collect()
@@ -44,26 +40,34 @@ def sample_pictures(unet, training_set: TrainingSet, plan: Plan, base: BaseModel
     return paths
 
 
-def denoise(unet, negative: dict[str, Tensor], positive: dict[str, Tensor], plan: Plan, placement: Placement,
-            seed: int) -> Tensor:
-    """Latents (1, 4, H, W) fp32 by Euler steps with classifier-free guidance."""
+def denoise(unet, prompt_paths: dict[str, Path], prompt: SamplePrompt, plan: Plan, placement: Placement,
+            on_step: Callable[[], None] = lambda: None) -> Tensor:
+    """Latents (1, 4, H, W) fp32 by Euler steps with classifier-free guidance; 1 is none, and takes half the time.
+
+    `prompt_paths` holds the cache entries of the prompt's text and of its negative.
+    """
     scheduler = make_scheduler(plan)
-    scheduler.set_timesteps(plan.sample_steps, device=placement.device)
-    size = plan.resolution // 8
-    generator = torch.Generator().manual_seed(seed)
-    latents = torch.randn((1, 4, size, size), generator=generator).to(placement.device) * scheduler.init_noise_sigma
-    side = float(plan.resolution)
-    time_ids = torch.tensor([[side, side, 0.0, 0.0, side, side]], device=placement.device)
+    scheduler.set_timesteps(prompt.steps, device=placement.device)
+    generator = torch.Generator().manual_seed(prompt.seed)
+    latents = torch.randn((1, 4, prompt.height // VAE_SCALE, prompt.width // VAE_SCALE), generator=generator)
+    latents = latents.to(placement.device) * scheduler.init_noise_sigma
+    texts = (prompt.text,) if prompt.guidance == 1 else (prompt.text, prompt.negative)
+    entries = [load_entry(prompt_paths[text]) for text in texts]
+    # A picture of this very size, not cropped: original size, crop, target size (Podell et al. 2023, section 2.2).
+    sides = [float(prompt.height), float(prompt.width)]
+    time_ids = torch.tensor([[*sides, 0.0, 0.0, *sides]], device=placement.device)
     for timestep in scheduler.timesteps:
         scaled = scheduler.scale_model_input(latents, timestep).to(placement.dtype)
-        unconditional, conditional = (
+        predicted, *unconditional = (
             unet(scaled, timestep, encoder_hidden_states=entry["encoder_hidden_states"][None].to(scaled),
                  added_cond_kwargs={"text_embeds": entry["pooled"][None].to(scaled), "time_ids": time_ids},
                  return_dict=False)[0].float()
-            for entry in (negative, positive)
+            for entry in entries
         )
-        guided = unconditional + plan.sample_guidance * (conditional - unconditional)
-        latents = scheduler.step(guided, timestep, latents).prev_sample
+        for without in unconditional:
+            predicted = without + prompt.guidance * (predicted - without)
+        latents = scheduler.step(predicted, timestep, latents).prev_sample
+        on_step()
     return latents
 
 
@@ -76,18 +80,15 @@ def make_scheduler(plan: Plan) -> EulerDiscreteScheduler:
     )
 
 
+def load_decoder(plan: Plan, base: BaseModel, placement: Placement) -> AutoencoderKL:
+    """The plan's VAE, in tiles where it says so."""
+    vae = load_vae(base, Path(plan.vae) if plan.vae else None, placement.encoder_dtype, placement.device)
+    if plan.vae_tiling:
+        tile_vae(vae)
+    return vae
+
+
 def decode(vae: AutoencoderKL, latents: Tensor) -> Image.Image:
     pixels = vae.decode((latents / vae.config.scaling_factor).to(vae.dtype)).sample[0].float().cpu()
     array = (pixels.nan_to_num() / 2 + 0.5).clamp(0, 1).mul(255).round().byte().permute(1, 2, 0).numpy()
     return Image.fromarray(array)
-
-
-def contact_sheet(rows: list[list[Path]], path: Path) -> None:
-    """The given pictures in one PNG, a prompt per row, oldest left."""
-    pictures = [[Image.open(file).convert("RGB") for file in row] for row in rows]
-    width, height = pictures[0][0].size
-    sheet = Image.new("RGB", (max(map(len, pictures)) * width, len(pictures) * height), "white")
-    for y, row in enumerate(pictures):
-        for x, picture in enumerate(row):
-            sheet.paste(picture, (x * width, y * height))
-    sheet.save(path)

@@ -1,55 +1,92 @@
-"""Sample pictures equal diffusers' own pipeline from the same noise."""
+"""Sample pictures equal diffusers' own pipeline from the same noise, and every option of a prompt acts."""
 
 from dataclasses import replace
 
 import numpy as np
+import pytest
 import torch
 from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
 from PIL import Image
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-from crumb.engine.data.caches import write_entry
+from crumb.engine.data.caches import cache_prompts
 from crumb.engine.data.prepare import TrainingSet
 from crumb.engine.memory.placement import Placement
 from crumb.engine.model.load import load_text_encoders, load_unet
 from crumb.engine.model.text import encode_prompts
 from crumb.engine.model.tiny import write_diffusers_folder
-from crumb.engine.train.sample import contact_sheet, make_scheduler, sample_pictures
+from crumb.engine.train.sample import make_scheduler, sample_pictures
 from crumb.profiles.base_model import inspect_base_model
-from crumb.profiles.plan import Plan
+from crumb.profiles.sample_prompts import sample_prompts, texts_of
+
+PLACEMENT = Placement(torch.device("cpu"), torch.float32, False)
+ALL_OPTIONS = "a red cat --n blurry --d 5 --w 192 --h 64 --l 5 --s 3"
 
 
-def test_equals_diffusers_pipeline(tiny_base, tmp_path):
+@pytest.fixture
+def draw(tiny_base, tmp_path, make_plan):
+    """Samples a plan's prompts on the tiny base; returns pixels per prompt. Its last U-Net is `draw.unet`."""
     base = inspect_base_model(tiny_base)
-    plan = Plan(name="t", created="2026-01-01T00:00:00+00:00", base_model=str(tiny_base), images="p", resolution=128,
-                sample_prompts=["a red cat"], sample_steps=4, sample_guidance=3.0, seed=11)
-    placement = Placement(torch.device("cpu"), torch.float32, False)
-    encoders = load_text_encoders(base, torch.float32)
-    paths = {}
-    for index, prompt in enumerate(["", "a red cat"]):
-        with torch.no_grad():
-            hidden, pooled = encode_prompts(encoders, [prompt])
-        paths[prompt] = tmp_path / "cache" / "p" / f"{index}.safetensors"
-        write_entry(paths[prompt], {"encoder_hidden_states": hidden[0], "pooled": pooled[0]})
-    training_set = TrainingSet([], [], [], [], paths, {}, [], "base")
-    [path] = sample_pictures(load_unet(base, torch.float32), training_set, plan, base, placement, tmp_path, 7)
-    assert path.name == "step-000007-0.png"
 
+    def draw(*prompts: str, **settings) -> list[np.ndarray]:
+        plan = make_plan(base_model=str(tiny_base), sample_prompts=list(prompts),
+                         **{"sample_steps": 4, "sample_guidance": 3.0, "seed": 11} | settings)
+        paths = cache_prompts(texts_of(sample_prompts(plan)), lambda: load_text_encoders(base, torch.float32),
+                              encode_prompts, "base", "float32", tmp_path / "cache", on_progress=lambda *_: None)
+        draw.unet = load_unet(base, torch.float32)
+        draw.num_passes = 0
+        draw.unet.register_forward_hook(lambda *_: setattr(draw, "num_passes", draw.num_passes + 1))
+        drawn = sample_pictures(draw.unet, TrainingSet([], [], [], [], paths, {}, [], "base"), plan, base, PLACEMENT,
+                                tmp_path, 7)
+        assert [path.name for path in drawn] == [f"step-000007-{index}.png" for index in range(len(prompts))]
+        return [np.asarray(Image.open(path), int) for path in drawn]
+    return draw
+
+
+def test_equals_diffusers_pipeline(draw, tiny_base, tmp_path, make_plan):
+    plain, with_options = draw("a red cat", ALL_OPTIONS)
     folder = tmp_path / "diffusers"
     write_diffusers_folder(folder, tiny_base, dtype=torch.float32)
+    encoders = load_text_encoders(inspect_base_model(tiny_base), torch.float32)
     pipeline = StableDiffusionXLPipeline(
         AutoencoderKL.from_pretrained(folder / "vae"), CLIPTextModel.from_pretrained(folder / "text_encoder"),
         CLIPTextModelWithProjection.from_pretrained(folder / "text_encoder_2"), encoders.tokenizer, encoders.tokenizer_2,
-        UNet2DConditionModel.from_pretrained(folder / "unet"), make_scheduler(plan), force_zeros_for_empty_prompt=False)
+        UNet2DConditionModel.from_pretrained(folder / "unet"), make_scheduler(make_plan()), force_zeros_for_empty_prompt=False)
     pipeline.set_progress_bar_config(disable=True)
-    [expected] = pipeline("a red cat", negative_prompt="", num_inference_steps=4, guidance_scale=3.0, width=128, height=128,
-                          generator=torch.Generator().manual_seed(11)).images
-    difference = np.abs(np.asarray(Image.open(path), int) - np.asarray(expected, int))
-    assert difference.max() <= 1, f"largest difference {difference.max()} of 255, mean {difference.mean():.3f}"
 
-    velocity = make_scheduler(replace(plan, prediction_type="v_prediction", zero_terminal_snr=True))
+    def expected(negative, seed, **settings):
+        return np.asarray(pipeline("a red cat", negative_prompt=negative, generator=torch.Generator().manual_seed(seed),
+                                   **settings).images[0], int)
+    for ours, theirs in (
+            (plain, expected("", 11, num_inference_steps=4, guidance_scale=3.0, width=128, height=128)),
+            (with_options, expected("blurry", 5, num_inference_steps=3, guidance_scale=5.0, width=192, height=64))):
+        assert ours.shape == theirs.shape
+        difference = np.abs(ours - theirs)
+        assert difference.max() <= 1, f"largest difference {difference.max()} of 255, mean {difference.mean():.3f}"
+
+
+@pytest.mark.parametrize("option", [" --n blurry", " --d 5", " --w 192", " --h 64", " --l 5", " --s 3"])
+def test_a_prompt_without_one_of_its_options_gives_another_picture(draw, option):
+    """So that the comparison with diffusers fails when one is ignored."""
+    with_it, without = draw(ALL_OPTIONS, ALL_OPTIONS.replace(option, ""))
+    assert with_it.shape != without.shape or np.abs(with_it - without).max() > 1
+
+
+def test_the_plans_negative_is_the_default(draw):
+    by_plan, by_option, without = draw("a red cat --d 5", "a red cat --d 5 --n blurry", "a red cat --d 5 --n",
+                                       sample_negative="blurry")
+    assert np.array_equal(by_plan, by_option) and not np.array_equal(by_plan, without)
+
+
+def test_guidance_1_takes_one_pass_a_step(draw):
+    near, = draw("a red cat --l 1.0001")
+    assert draw.num_passes == 8
+    alone, = draw("a red cat --l 1")
+    assert draw.num_passes == 4
+    assert np.abs(near - alone).max() <= 1
+
+
+def test_scheduler_follows_the_base(make_plan):
+    velocity = make_scheduler(replace(make_plan(), prediction_type="v_prediction", zero_terminal_snr=True))
     assert velocity.config.prediction_type == "v_prediction" and velocity.config.timestep_spacing == "trailing"
-    assert make_scheduler(plan).config.prediction_type == "epsilon"
-
-    contact_sheet([[path, path], [path, path]], tmp_path / "sheet.png")
-    assert Image.open(tmp_path / "sheet.png").size == (256, 256)
+    assert make_scheduler(make_plan()).config.prediction_type == "epsilon"

@@ -1,0 +1,128 @@
+"""Checkpoints x strengths on fixed prompts and seeds: one picture to choose the file to keep by.
+
+Text encoders, U-Net and VAE are in memory one after the other; the U-Net is loaded once, and only the LoRA in it changes.
+"""
+
+import gc
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from crumb.engine.data.caches import cache_prompts
+from crumb.engine.job import settle_torch
+from crumb.engine.memory.placement import Placement, choose_placement
+from crumb.engine.model.load import load_text_encoders, load_unet
+from crumb.engine.model.text import encode_prompts
+from crumb.engine.network.load import put_lora, set_strength
+from crumb.engine.network.lora import Network, attach_lora
+from crumb.engine.run.directory import RunDirectory
+from crumb.engine.run.lora_files import LoraFile, lora_files
+from crumb.engine.sheet.draw import Block, Row, draw_sheet, sheet_scale, shrunk
+from crumb.engine.train.sample import decode, denoise, load_decoder
+from crumb.profiles.base_model import BaseModel, fingerprint, inspect_base_model
+from crumb.profiles.errors import RequestError
+from crumb.profiles.paths import cache_dir
+from crumb.profiles.plan import Plan, load_plan
+from crumb.profiles.sample_prompts import SamplePrompt, parse_sample_prompts, texts_of
+
+Report = Callable[[str, int, int], None]
+"""Told the phase, how much of it is done, and of how much."""
+
+Cell = tuple[LoraFile | None, float]
+"""A file at a strength; (None, 0.0) is the base model."""
+BASE: Cell = (None, 0.0)
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """What is asked for. `lines` are sample prompts with their options; `steps` replaces the steps of all of them."""
+
+    run: RunDirectory
+    lines: list[str]
+    strengths: list[float]
+    steps: int | None = None
+
+
+def make_sheet(sheet: Sheet, report: Report) -> Image.Image:
+    """The labelled picture; RequestError where the run has no LoRA file."""
+    plan = load_plan(sheet.run.plan)
+    files = lora_files(sheet.run, plan.steps)
+    if not files:
+        raise RequestError(f"The run {sheet.run.name!r} has no LoRA file yet.")
+    prompts = [replace(prompt, steps=sheet.steps or prompt.steps) for prompt in parse_sample_prompts(sheet.lines, plan)]
+    base = inspect_base_model(Path(plan.base_model))
+    placement = choose_placement(plan)
+    settle_torch(base, placement)
+    scale = sheet_scale([(prompt.width, prompt.height) for prompt in prompts], len(files) * (1 + len(sheet.strengths)))
+    cells = list(dict.fromkeys(cell for file in files for cell in _cells_of(file, sheet)))
+    pictures = draw_cells(plan, base, placement, prompts, cells, scale, report)
+    report("draw", 0, 1)
+    blocks = [
+        Block(line, [Row(file.describe(), [pictures[cell][index] for cell in _cells_of(file, sheet)], file.is_best)
+                     for file in files])
+        for index, line in enumerate(sheet.lines)
+    ]
+    heading = f"{sheet.run.name} on {base.path.name}: LoRA files by strength"
+    return draw_sheet(heading, ["base", *map(str, sheet.strengths)], blocks)
+
+
+def draw_cells(plan: Plan, base: BaseModel, placement: Placement, prompts: list[SamplePrompt], cells: list[Cell],
+               scale: float, report: Report) -> dict[Cell, list[Image.Image]]:
+    """Each cell's pictures, one a prompt; cells of one file should follow each other, since it is read anew otherwise."""
+    paths = cache_prompts(texts_of(prompts), lambda: load_text_encoders(base, placement.encoder_dtype, placement.device),
+                          encode_prompts, fingerprint(base.path, lambda done, total: report("hash", done, total)),
+                          str(placement.encoder_dtype), cache_dir() / "prompts",
+                          on_progress=lambda done, total: report("encode", done, total))
+    report("load", 0, 1)
+    with torch.no_grad():
+        latents = _denoise_cells(plan, base, placement, prompts, cells, paths, report)
+        _free_memory()
+        vae = load_decoder(plan, base, placement)
+        pictures = {}
+        for index, (cell, of_cell) in enumerate(latents.items()):
+            report("decode", index, len(latents))
+            pictures[cell] = [shrunk(decode(vae, one.to(placement.device)), scale) for one in of_cell]
+    return pictures
+
+
+def _denoise_cells(plan: Plan, base: BaseModel, placement: Placement, prompts: list[SamplePrompt], cells: list[Cell],
+                   paths: dict[str, Path], report: Report) -> dict[Cell, list[Tensor]]:
+    """Latents on the CPU, where a thousand of them are small; the U-Net is gone from memory afterwards."""
+    unet, network = _load_network(plan, base, placement)
+    total, done = sum(prompt.steps for prompt in prompts) * len(cells), 0
+
+    def on_step() -> None:
+        nonlocal done
+        done += 1
+        report("denoise", done, total)
+
+    latents, present = {}, None
+    report("denoise", 0, total)
+    for file, strength in cells:
+        if file is not None and file is not present:
+            put_lora(network, file.path)
+            present = file
+        set_strength(network, strength)
+        latents[file, strength] = [denoise(unet, paths, prompt, plan, placement, on_step).cpu() for prompt in prompts]
+    return latents
+
+
+def _load_network(plan: Plan, base: BaseModel, placement: Placement) -> tuple[nn.Module, Network]:
+    """The U-Net as training has it, with layers for the run's LoRA files."""
+    unet = load_unet(base, placement.dtype, placement.device)
+    return unet, attach_lora(unet, plan.targets, plan.rank, plan.alpha, plan.conv_rank, plan.conv_alpha, plan.seed)
+
+
+def _free_memory() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _cells_of(file: LoraFile, sheet: Sheet) -> list[Cell]:
+    """One row, from left to right."""
+    return [BASE, *((file, strength) for strength in sheet.strengths)]
