@@ -1,12 +1,14 @@
-"""Reads a LoRA file of another program, or of crumb, to go on from (formats: kohya's names, diffusers', PEFT's)."""
+"""Reads LoRA files, of crumb and of other programs: kohya's names, diffusers' and PEFT's."""
 
 import json
+import math
 import re
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -32,24 +34,30 @@ class Change:
 
 
 def read_lora(path: Path) -> dict[str, Change]:
-    """The file's changes by kohya's stems. RequestError where it is no SDXL LoRA that can be gone on from."""
+    """The file's changes by kohya's stems, on the CPU. RequestError where it is damaged or no plain LoRA of SDXL."""
     header, metadata = read_header(path)
     parts: dict[str, dict[str, str]] = defaultdict(dict)
     for key in header:
         match = _KINDS.fullmatch(key)
         stem = match and _stem(match["name"])
         if not stem:
-            raise RequestError(f"start_from: {path} holds {key}, which is no LoRA weight of SDXL that crumb can go on from "
-                               f"(LoHa, LoKr, DoRA and LoRAs of other models are not). Choose another file.")
+            raise RequestError(f"{path} holds {key}, which is no weight of a plain SDXL LoRA (LoHa, LoKr, DoRA and LoRAs of "
+                               f"other models are not). Choose another file.")
         kind = "alpha" if match["kind"] == "alpha" else "down" if re.search("down|lora_A", match["kind"]) else "up"
         parts[stem][kind] = key
-    tensors, alpha_of_all = load_file(path), _peft_alpha(metadata)
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise RequestError(f"{path} can't be read: {error}.") from None
+    alpha_of_all = _peft_alpha(metadata)
     changes = {}
     for stem, keys in parts.items():
         if not {"down", "up"} <= keys.keys():
-            raise RequestError(f"start_from: {path} has only part of {stem}. It is damaged: fetch it again.")
+            raise RequestError(f"{path} has only part of {stem}. It is damaged: fetch it again.")
         down, up = tensors[keys["down"]].float(), tensors[keys["up"]].float()
         alpha = tensors[keys["alpha"]].item() if "alpha" in keys else alpha_of_all or down.shape[0]
+        if not (down.isfinite().all() and up.isfinite().all() and math.isfinite(alpha)):
+            raise RequestError(f"{path}: {stem} holds NaN or infinity. `crumb verify {path}` shows more.")
         changes[stem] = Change(down, up, alpha / down.shape[0])
     return changes
 
@@ -62,15 +70,15 @@ def start_from(network: Network, path: Path) -> tuple[int, list[str]]:
     changes = read_lora(path)
     known = changes.keys() & network.layers.keys()
     if not known:
-        raise RequestError(f"start_from: none of the {len(changes)} modules of {path} is trained by this plan (targets, "
+        raise RequestError(f"None of the {len(changes)} modules of {path} is trained by this plan (targets, "
                            f"blocks). Choose another file, or other targets.")
     for stem in known:
         layer = network.layers[stem]
         down, up = fitted(changes[stem], layer.rank)
         theirs, ours = (up.shape[0], *down.shape[1:]), (layer.lora_B.shape[0], *layer.lora_A.shape[1:])
         if theirs != ours:
-            raise RequestError(f"start_from: {stem} of {path} changes a layer of {theirs} where the base has {ours}: it "
-                               f"belongs to another base model.")
+            raise RequestError(f"{stem} of {path} changes a layer of {theirs} where the base has {ours}: it belongs to another "
+                               f"base model.")
         with torch.no_grad():
             num_ranks = down.shape[0]
             layer.lora_A[:num_ranks] = down

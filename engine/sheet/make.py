@@ -114,7 +114,7 @@ def _denoise_cells(plan: Plan, base: BaseModel, placement: Placement, prompts: l
 def _load_network(plan: Plan, base: BaseModel, placement: Placement) -> tuple[nn.Module, Network]:
     """The U-Net as training has it, with layers for the run's LoRA files."""
     unet = load_unet(base, placement.dtype, placement.device)
-    return unet, attach_lora(unet, plan.targets, plan.rank, plan.alpha, plan.conv_rank, plan.conv_alpha, plan.seed)
+    return unet, attach_lora(unet, plan)
 
 
 def _free_memory() -> None:

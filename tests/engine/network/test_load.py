@@ -10,6 +10,7 @@ from crumb.engine.network.load import put_lora, set_strength
 from crumb.engine.network.lora import attach_lora
 from crumb.engine.network.save import save_lora, write_safetensors
 from crumb.profiles.errors import CrumbError
+from crumb.profiles.plan import Plan
 
 
 def make_unet() -> UNet2DConditionModel:
@@ -18,7 +19,8 @@ def make_unet() -> UNet2DConditionModel:
 
 
 def attach(unet, rank, alpha):
-    return attach_lora(unet, "attention+ff+conv", rank, alpha, 4, 2.0, seed=0)
+    return attach_lora(unet, Plan(name="t", created="2026-01-01T00:00:00+00:00", base_model="b", images="p", rank=rank,
+                                  alpha=alpha, targets="attention+ff+conv", conv_rank=4, conv_alpha=2.0))
 
 
 def run(unet) -> torch.Tensor:
@@ -82,7 +84,7 @@ def test_strength_0_is_the_base_and_files_leave_no_trace(file, tmp_path):
     (lambda t: t.update({"lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": torch.ones(2, 8),
                          "lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_up.weight": torch.ones(8, 2)}), "does not train"),
     (lambda t: t.update({"lora_unet_middle_block_1_proj_in.lora_down.weight": torch.ones(8, 7)}), "don't fit"),
-    (lambda t: t.update({"lora_unet_middle_block_1_proj_in.dora_scale": torch.ones(8)}), "no plain LoRA"),
+    (lambda t: t.update({"lora_unet_middle_block_1_proj_in.dora_scale": torch.ones(8)}), "plain SDXL LoRA"),
     (lambda t: t["lora_unet_middle_block_1_proj_in.lora_up.weight"].fill_(torch.nan), "NaN"),
 ])
 def test_files_that_do_not_fit_are_refused(file, tmp_path, damage, word):
@@ -93,6 +95,6 @@ def test_files_that_do_not_fit_are_refused(file, tmp_path, damage, word):
     with pytest.raises(CrumbError, match=word):
         put_lora(network, tmp_path / "bad.safetensors")
     (tmp_path / "half.safetensors").write_bytes(file.read_bytes()[:1000])
-    for gone in ("half.safetensors", "none.safetensors"):
-        with pytest.raises(CrumbError, match="can't be read"):
+    for gone, word in (("half.safetensors", "truncated"), ("none.safetensors", "none.safetensors")):
+        with pytest.raises(CrumbError, match=word):
             put_lora(network, tmp_path / gone)

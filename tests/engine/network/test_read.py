@@ -112,7 +112,7 @@ def test_other_programs_names(make_plan, tmp_path, form):
     ({"lora_unet_middle_block_1_proj_in.lora_down.weight": torch.ones(2, 64),
       "lora_unet_middle_block_1_proj_in.lora_up.weight": torch.ones(64, 2)}, "another base"),
     ({"lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": torch.ones(2, 64),
-      "lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_up.weight": torch.ones(64, 2)}, "none of the 1 modules")])
+      "lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_up.weight": torch.ones(64, 2)}, "None of the 1 modules")])
 def test_foreign_files_are_refused_in_a_sentence(make_plan, tmp_path, tensors, words):
     save_file(tensors, tmp_path / "a.safetensors")
     with pytest.raises(RequestError, match=words):

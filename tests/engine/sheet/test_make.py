@@ -131,6 +131,6 @@ def test_a_torn_checkpoint_is_said_in_words(run, tmp_path, capsys):
     shutil.copytree(run.path, copy.path)
     lora_files(copy, 8)[0].path.write_bytes(b"torn")
     out = tmp_path / "sheet.png"
-    assert _work(copy, {"lines": ["a"], "strengths": [1.0], "steps": 1, "out": str(out)}) == 1
+    assert _work(copy, {"lines": ["a"], "strengths": [1.0], "steps": 1, "out": str(out)}) == 2
     *_, error = map(json.loads, capsys.readouterr().out.splitlines())
     assert error["type"] == "error" and "can't be read" in error["text"] and not out.exists()
