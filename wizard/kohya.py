@@ -36,7 +36,7 @@ def import_settings(options) -> int:
     else:
         _print_import(translation)
         left_open = [name for name in interview.derivation.values if not translation.origin(name)]
-        print("\nLeft open there, so derived by the guide's rules (* set by you):")
+        _say("\nLeft open there, so derived by the guide's rules (* set by you):")
         print_plan(interview, left_open)
     if out:
         write_plan(interview, out)
@@ -89,12 +89,12 @@ def _final(translation: Translation, taken: Taken) -> dict[str, Any]:
 
 def _print_import(translation: Translation) -> None:
     shown = [taken for taken in translation.taken if not taken.off]
-    print(f"Taken over from {translation.file.path} ({len(shown)}):")
+    _say(f"Taken over from {translation.file.path} ({len(shown)}):")
     _print_table([(_equals(taken.kohya), _equals(_final(translation, taken)), taken.note) for taken in shown],
                  ("There", "Here", ""))
     off = [name for taken in translation.taken if taken.off for name in taken.crumb]
     if off:
-        print(f"\nSwitched off or neutral, as it is there: {', '.join(off)}.")
+        _say(f"\nSwitched off or neutral, as it is there: {', '.join(off)}.")
     _print_missing(translation.missing, len(translation.ignored), "keys that are neutral, or about the GUI, paths and logging")
 
 
@@ -105,9 +105,9 @@ def _print_export(export: Export, files: list[Path]) -> None:
 
 
 def _print_missing(missing: list[Left], num_ignored: int, what: str) -> None:
-    print(f"\nHas no counterpart ({len(missing)}):" if missing else "\nEverything has a counterpart.")
+    _say(f"\nHas no counterpart ({len(missing)}):" if missing else "\nEverything has a counterpart.")
     _print_table([(_equals({one.key: one.value}), one.reason) for one in missing], ("Setting", "Why, or what happens instead"))
-    print(f"\nLeft out without loss: {num_ignored} {what} (--json lists them).")
+    _say(f"\nLeft out without loss: {num_ignored} {what} (--json lists them).")
 
 
 def _equals(values: dict[str, Any]) -> str:
@@ -117,6 +117,13 @@ def _equals(values: dict[str, Any]) -> str:
 def _short(value: Any) -> str:
     text = as_text(value)
     return text if len(text) <= MAX_VALUE else f"{text[:MAX_VALUE - 1]}…"
+
+
+def _say(text: str) -> None:
+    """A sentence, broken at words where the terminal ends."""
+    from rich.console import Console
+
+    Console(highlight=False, markup=False).print(text)
 
 
 def _print_table(rows: list[tuple[str, ...]], titles: tuple[str, ...]) -> None:

@@ -65,8 +65,8 @@ def read_datasets(file: KohyaFile, document: dict[str, Any]) -> None:
         file.sources["reg_data_dir"] = ("image_dir of is_reg", regular[0]["image_dir"])
         regular = []
     if others or regular:
-        file.settings["subsets"] = others + regular
-        file.sources["subsets"] = ("datasets.subsets", [subset.get("image_dir", "") for subset in others + regular])
+        file.settings["datasets.subsets"] = others + regular
+        file.sources["datasets.subsets"] = ("datasets.subsets", [subset.get("image_dir", "") for subset in others + regular])
 
 
 def _take_from(file: KohyaFile, key: str, first: dict[str, Any], training: list[dict[str, Any]], is_own: bool) -> None:

@@ -12,7 +12,7 @@ from crumb.profiles.dataset import Scan, held_out_indices
 from crumb.profiles.derive import Derived, batches_per_epoch
 from crumb.profiles.errors import RequestError
 from crumb.profiles.hardware import resolve_gpu
-from crumb.profiles.interview import Interview, check_override, conclude
+from crumb.profiles.interview import ANSWERED, Interview, check_override, conclude
 from crumb.profiles.kohya.table import FOREIGN_KEYS, KNOWN_KEYS, TABLE, Left, Row
 from crumb.profiles.kohya.values import KohyaFile, Later, Length, Untaken, is_neutral
 from crumb.profiles.plan import plan_fields
@@ -153,12 +153,17 @@ def _leave(result: Translation, row: Row, sources: dict[str, Any], off: bool, re
 
 def answers_of(translation: Translation, given: Answers) -> Answers:
     """The interview's answers: what the person gave wins over what the file names."""
-    file, named = translation.file, dict(translation.answers)
-    if given.images and file.get("subsets"):
+    file = translation.file
+    for name, answer in ANSWERS.items():
+        if getattr(given, answer):
+            _forget(translation, name, f"{ANSWERED[name]} gives another")
+    named = dict(translation.answers)
+    if given.images and file.get("datasets.subsets"):
         _forget(translation, "subsets", "--images stands for all of them")
-    elif file.get("subsets") and "subsets" not in translation.overrides:
-        raise RequestError(f"{file.path} names {1 + len(file['subsets'])} folders of pictures and crumb takes one. Put them "
-                           f"into one as sub-folders named N_name, N being their repeats, and give it with --images DIR.")
+    elif file.get("datasets.subsets") and "subsets" not in translation.overrides:
+        count = 1 + len(file["datasets.subsets"])
+        raise RequestError(f"{file.path} names {count} folders of pictures and crumb takes one. Put them into one as "
+                           f"sub-folders named N_name, N being their repeats, and give it with --images DIR.")
     for name, option, what in (("images", "--images DIR", "pictures"), ("base", "--base PATH", "base model")):
         if getattr(given, name):
             named[name] = getattr(given, name)
@@ -168,10 +173,10 @@ def answers_of(translation: Translation, given: Answers) -> Answers:
             says = f"names {named[name]!r}, which is not here" if named.get(name) else "names none"
             raise RequestError(f"Which {what}? {file.path} {says}. Give {'them' if name == 'images' else 'it'} with {option}.")
         named[name] = str(found)
-    _find_vae(translation, named, given)
-    _judge_prediction(translation, named, given)
+    _find_vae(translation, named)
+    _judge_prediction(translation, named)
     if named.get("name"):
-        named["name"] = re.sub(r"[^\w .+-]+", "-", str(named["name"])).strip("-._ +")[:80].strip()
+        named["name"] = re.sub(r"[^\w .+-]+", "-", str(named["name"])).lstrip("-. +")[:80].strip()
     blank = Answers()
     chosen = {one.name: getattr(given, one.name) for one in dataclasses.fields(Answers)
               if getattr(given, one.name) != getattr(blank, one.name)}
@@ -179,9 +184,9 @@ def answers_of(translation: Translation, given: Answers) -> Answers:
     return Answers(**{**named, **chosen, "overrides": {**ready, **given.overrides}})
 
 
-def _find_vae(translation: Translation, named: dict[str, Any], given: Answers) -> None:
+def _find_vae(translation: Translation, named: dict[str, Any]) -> None:
     vae = str(named.pop("vae", ""))
-    if given.vae or not vae:
+    if not vae:
         return
     found = translation.file.find(vae)
     if found:
@@ -190,11 +195,11 @@ def _find_vae(translation: Translation, named: dict[str, Any], given: Answers) -
         _forget(translation, "vae", "there is no such file here: the base's own is used, unless --vae names one")
 
 
-def _judge_prediction(translation: Translation, named: dict[str, Any], given: Answers) -> None:
+def _judge_prediction(translation: Translation, named: dict[str, Any]) -> None:
     """A base that says what it predicts is believed before a preset, which was written for another one."""
     base = inspect_base_model(Path(named["base"]).expanduser())
     wanted = named.pop("prediction", "")
-    if given.prediction or not wanted or wanted == base.prediction_type:
+    if not wanted or wanted == base.prediction_type:
         return
     if base.prediction_type is None:
         named["prediction"] = wanted
@@ -205,6 +210,7 @@ def _judge_prediction(translation: Translation, named: dict[str, Any], given: An
 def _forget(translation: Translation, name: str, reason: str) -> None:
     """Takes back what was taken over."""
     translation.overrides.pop(name, None)
+    translation.answers.pop(ANSWERS.get(name, ""), None)
     for taken in [taken for taken in translation.taken if name in taken.crumb]:
         translation.taken.remove(taken)
         rest = {key: value for key, value in taken.crumb.items() if key != name}

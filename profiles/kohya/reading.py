@@ -88,6 +88,7 @@ def _parse(path: Path) -> dict[str, Any]:
 def _take_all(file: KohyaFile, flat: dict[str, Any]) -> None:
     """Keys under sd-scripts' names, with what is written inside other values (extra options, network_args) beside them."""
     extra = flat.pop("additional_parameters", "") if file.gui else ""
+    flat.pop("datasets.subsets", None)  # what read_datasets alone may say
     for key, value in flat.items():
         _take(file, key, value)
     for key, value in _options(str(extra or "")).items():

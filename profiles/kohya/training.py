@@ -106,7 +106,7 @@ def regularization(file: KohyaFile) -> dict[str, Any]:
 def further_subsets(file: KohyaFile) -> dict[str, Any]:
     """The folders beyond the first, each with what a subset of crumb's may give anew."""
     tables = []
-    for subset in file["subsets"]:
+    for subset in file["datasets.subsets"]:
         found = file.find(str(subset.get("image_dir", "")))
         if found is None:
             raise Untaken(f"there is no folder {subset.get('image_dir')} here")

@@ -19,7 +19,7 @@ PROMISED = {
     "steps", "batch_size", "clip_skip", "noise_offset", "regularization", "tag_threshold", "gradient_checkpointing",
     "cache_latents", "vram_gib",
 }
-COMMANDS = ("plan", "demo", "train", "resume", "watch", "runs", "stop", "sample", "verify", "doctor")
+COMMANDS = ("plan", "demo", "train", "resume", "watch", "runs", "stop", "sample", "verify", "doctor", "import", "export")
 
 
 @pytest.fixture(autouse=True)
