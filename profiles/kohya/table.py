@@ -255,8 +255,8 @@ MACHINE = (
     _ignored("dynamo_backend dynamo_mode dynamo_use_fullgraph dynamo_use_dynamic extra_accelerate_launch_args gpu_ids "
              "main_process_port num_cpu_threads_per_process max_data_loader_n_workers persistent_data_loader_workers "
              "ddp_timeout ddp_gradient_as_bucket_view ddp_static_graph tokenizer_cache_dir", "about the machine"),
-    _ignored("output_dir save_as_bool file_path headless print_only model_list sdxl config_file output_config "
-             "sample_sampler sample_at_first noise_offset_type dataset_config save_state save_state_on_train_end save_last_n_steps_state "
+    _ignored("output_dir save_as_bool file_path headless print_only model_list sdxl config_file output_config dataset_config "
+             "sample_sampler sample_at_first noise_offset_type save_state save_state_on_train_end save_last_n_steps_state "
              "save_last_n_epochs_state", "about the program or where it writes: runs are made in ./runs, with every state"),
     _ignored("logging_dir log_prefix log_config log_tracker_name log_tracker_config wandb_api_key wandb_run_name use_wandb "
              "no_metadata", "about logging"),
