@@ -62,6 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_runs(add)
     _add_sheet(add)
     _add_checks(add)
+    _add_exchange(add)
     return parser
 
 
@@ -71,24 +72,50 @@ def _add_plan(add) -> None:
                module="planning")
     plan.add_argument("--images", metavar="DIR", required=True, help="folder of pictures, captions beside them")
     plan.add_argument("--base", metavar="PATH", required=True, help="SDXL .safetensors file or diffusers folder")
-    plan.add_argument("--subject", choices=SUBJECTS, default=Answers.subject, help="what it learns (default: %(default)s)")
-    plan.add_argument("--look", choices=LOOKS, default=Answers.look, help="look of the pictures (default: %(default)s)")
-    plan.add_argument("--trigger", metavar="WORD", default="", help="rare made-up word that will call the LoRA")
-    plan.add_argument("--class", metavar="WORD", default="", dest="class_word",
-                      help="the subject in one common word, used where captions are missing")
-    plan.add_argument("--name", default="", help="run name (default: the trigger, else the folder's name)")
-    plan.add_argument("--gpu", metavar="NAME", default=Answers.gpu,
-                      help="card to plan for: auto, cpu or a name such as 'RTX 3060' (default: auto)")
-    plan.add_argument("--vram", metavar="GIB", type=_gib, dest="vram_gib", help="its memory, where the name leaves it open")
-    plan.add_argument("--vae", metavar="FILE", default="", help="a VAE to use instead of the base's own")
-    plan.add_argument("--prediction", choices=("epsilon", "v_prediction"), default="",
-                      help="what the base predicts, where its file does not say")
-    plan.add_argument("--skip-broken", action="store_true", help="train without the pictures that can't be read")
-    plan.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], dest="settings",
-                      help="fix a setting yourself, such as rank=16; may be given many times")
-    plan.add_argument("--out", metavar="FILE", help="plan file to write (default: plan.toml; with --json: none)")
-    plan.add_argument("--force", action="store_true", help="write over an existing plan file")
+    _add_answers(plan)
     plan.add_argument("--json", action="store_true", help="print the derived values as one JSON object")
+
+
+def _add_answers(command: argparse.ArgumentParser) -> None:
+    """What a plan follows from, and where it goes."""
+    command.add_argument("--subject", choices=SUBJECTS, default=Answers.subject, help="what it learns (default: %(default)s)")
+    command.add_argument("--look", choices=LOOKS, default=Answers.look, help="look of the pictures (default: %(default)s)")
+    command.add_argument("--trigger", metavar="WORD", default="", help="rare made-up word that will call the LoRA")
+    command.add_argument("--class", metavar="WORD", default="", dest="class_word",
+                         help="the subject in one common word, used where captions are missing")
+    command.add_argument("--name", default="", help="run name (default: the trigger, else the folder's name)")
+    command.add_argument("--gpu", metavar="NAME", default=Answers.gpu,
+                         help="card to plan for: auto, cpu or a name such as 'RTX 3060' (default: auto)")
+    command.add_argument("--vram", metavar="GIB", type=_gib, dest="vram_gib", help="its memory, where the name leaves it open")
+    command.add_argument("--vae", metavar="FILE", default="", help="a VAE to use instead of the base's own")
+    command.add_argument("--prediction", choices=("epsilon", "v_prediction"), default="",
+                         help="what the base predicts, where its file does not say")
+    command.add_argument("--skip-broken", action="store_true", help="train without the pictures that can't be read")
+    command.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], dest="settings",
+                         help="fix a setting yourself, such as rank=16; may be given many times")
+    command.add_argument("--out", metavar="FILE", help="plan file to write (default: plan.toml; with --json: none)")
+    command.add_argument("--force", action="store_true", help="write over an existing plan file")
+
+
+def _add_exchange(add) -> None:
+    taken = add("import", "make a plan from settings of sd-scripts (.toml) or a kohya_ss preset (.json)",
+                "crumb import preset.json --images photos --base sd_xl_base_1.0.safetensors", module="kohya")
+    taken.set_defaults(function="import_settings")
+    taken.add_argument("file", metavar="FILE", help="settings file of sd-scripts, or preset of the kohya_ss GUI")
+    taken.add_argument("--images", metavar="DIR", default="", help="folder of pictures (default: the one that FILE names)")
+    taken.add_argument("--base", metavar="PATH", default="", help="SDXL base model (default: the one that FILE names)")
+    taken.add_argument("--dataset-config", metavar="FILE", help="dataset file of sd-scripts that belongs to it")
+    _add_answers(taken)
+    given = add("export", "write a plan as settings of another trainer", "crumb export plan.toml --to kohya --out kohya.toml",
+                module="kohya")
+    given.set_defaults(function="export_settings")
+    given.add_argument("plan", metavar="PLAN.toml", help="plan file, as `crumb plan` writes it")
+    given.add_argument("--to", choices=("kohya",), required=True, help="kohya: sd-scripts' sdxl_train_network.py")
+    given.add_argument("--out", metavar="FILE.toml", help="settings file to write (default: PLAN-kohya.toml); folders and "
+                                                          "prompts go into FILE-dataset.toml and FILE-prompts.toml beside it")
+    given.add_argument("--force", action="store_true", help="write over existing files")
+    for command in (taken, given):
+        command.add_argument("--json", action="store_true", help="print what became of each setting as one JSON object")
 
 
 def _add_training(add) -> None:

@@ -19,7 +19,8 @@ PROMISED = {
     "steps", "batch_size", "clip_skip", "noise_offset", "regularization", "tag_threshold", "gradient_checkpointing",
     "cache_latents", "vram_gib",
 }
-COMMANDS = ("plan", "demo", "train", "resume", "watch", "runs", "stop", "sample", "sheet", "verify", "doctor")
+COMMANDS = ("plan", "demo", "train", "resume", "watch", "runs", "stop", "sample", "sheet", "verify", "doctor", "import",
+            "export")
 
 
 @pytest.fixture(autouse=True)

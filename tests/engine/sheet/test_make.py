@@ -133,4 +133,4 @@ def test_a_torn_checkpoint_is_said_in_words(run, tmp_path, capsys):
     out = tmp_path / "sheet.png"
     assert _work(copy, {"lines": ["a"], "strengths": [1.0], "steps": 1, "out": str(out)}) == 2
     *_, error = map(json.loads, capsys.readouterr().out.splitlines())
-    assert error["type"] == "error" and "can't be read" in error["text"] and not out.exists()
+    assert error["type"] == "error" and "truncated" in error["text"] and not out.exists()
