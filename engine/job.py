@@ -38,6 +38,7 @@ from crumb.engine.train.loop import Trainer
 from crumb.engine.train.noise import alphas_cumprod
 from crumb.engine.train.optimizer import make_optimizer
 from crumb.engine.train.sample import sample_pictures
+from crumb.engine.train.trackers import finish_trackers, start_trackers, track
 from crumb.profiles.base_model import BaseModel
 from crumb.profiles.errors import CrumbError, RequestError
 from crumb.profiles.plan import Plan, load_plan
@@ -50,8 +51,8 @@ SMALL_UNET_PARAMETERS = 100_000_000
 
 CHANGEABLE = {
     "name", "created", "gradient_checkpointing", "cache_latents", "vae_tiling", "vram_gib", "skip_broken", "save_precision",
-    "save_every", "keep_checkpoints", "judge_every", "sample_every", "sample_prompts", "sample_negative", "sample_steps",
-    "sample_guidance", "images", "base_model", "vae",
+    "save_every", "keep_checkpoints", "trackers", "judge_every", "sample_every", "sample_prompts", "sample_negative",
+    "sample_steps", "sample_guidance", "images", "base_model", "vae",
 }
 """Settings that don't change what is learned, or whose content is compared by its own hash."""
 
@@ -70,6 +71,7 @@ class Job:
     trainer: Trainer
     belongs_to: dict[str, str]
     history: list[Judged] = field(default_factory=list)
+    trackers: list = field(default_factory=list)
 
     @property
     def events(self) -> EventWriter:
@@ -93,7 +95,9 @@ def run_job(run: RunDirectory, events: EventWriter, status: Status) -> int:
     status.update(phase="load")
     events.emit("phase", phase="load")
     job, step = _assemble(run, plan, facts.base, placement, training_set, events, status)
+    job.trackers = start_trackers(plan, run)
     step = _train(job, step)
+    finish_trackers(job.trackers)
     if step < plan.steps:
         _save(job, step)
         events.emit("stopped", step=step)
@@ -169,7 +173,9 @@ def _train(job: Job, step: int) -> int:
     while step < plan.steps:
         if wants_stop() or take_request(job.run, "stop"):
             break
-        events.emit("step", **trainer.train_step(step))
+        fields = trainer.train_step(step)
+        events.emit("step", **fields)
+        _track(job, fields)
         step += 1
         trainer.status.update(step=step)
         last = step == plan.steps
@@ -181,6 +187,11 @@ def _train(job: Job, step: int) -> int:
     return step
 
 
+def _track(job: Job, fields: dict) -> None:
+    if job.trackers:
+        track(job.trackers, fields, lambda text: job.events.emit("warning", text=text))
+
+
 def _judge(job: Job, step: int) -> bool:
     """Measures on fixed noise and says how the run is going; returns whether this is the best step so far."""
     trainer = job.trainer
@@ -189,6 +200,7 @@ def _judge(job: Job, step: int) -> bool:
     job.history.append(judge(trainer.unet, job.training_set, job.plan, job.placement, trainer.schedule,
                              trainer.scaling_factor, step))
     judged, is_best = job.history[-1], best_of(job.history) is job.history[-1]
+    _track(job, asdict(judged))
     job.events.emit("judged", **asdict(judged), best=is_best, **asdict(verdict(job.history, job.plan.steps)))
     job.events.emit("phase", phase="train")
     trainer.status.update(phase="train")

@@ -33,6 +33,7 @@ OPTIMIZER_ARGS = {
 """What may stand in optimizer_args; AdamW8bit's suit torch's AdamW too, which may have to stand in."""
 
 SCHEDULERS = ("constant", "constant_with_warmup")
+TRACKERS = ("tensorboard", "wandb", "comet_ml", "aim", "mlflow", "clearml", "dvclive", "swanlab", "trackio")
 TARGETS = ("attention", "attention+ff", "attention+ff+conv")
 PRECISIONS = ("no", "fp16", "bf16")
 ADAPTIVE_OPTIMIZERS = ("Prodigy", "DAdaptAdam")
@@ -156,6 +157,7 @@ class Plan:
     keep_checkpoints: int = _setting("output", "How many of the newest checkpoints to keep", 3, low=1, high=1000)
     judge_every: int = _setting("output", "Steps between measurements on fixed noise; 0 = only first and last", 250, low=0,
                                 high=1_000_000)
+    trackers: list = _setting("output", "Where else the numbers go: tensorboard, wandb, mlflow and others; empty = nowhere", [])
     sample_every: int = _setting("output", "Steps between sample pictures; 0 = none", 250, low=0, high=1_000_000)
     sample_prompts: list = _setting(
         "output", "One picture is made of each; may end in --n negative --d seed --w width --h height --l guidance --s steps",
@@ -299,6 +301,9 @@ def _check_together(plan: Plan) -> None:
         raise RequestError(f"created is {plan.created!r}; it must be a date such as 2026-01-31T12:00:00+00:00.") from None
     _check_optimizer_args(plan)
     _check_blocks(plan)
+    for name in plan.trackers:
+        if name not in TRACKERS:
+            raise RequestError(f"trackers names {name!r}; it must be of {', '.join(TRACKERS)}." + _nearest(name, TRACKERS))
     if plan.resolution % 64:
         raise RequestError(f"resolution is {plan.resolution}; it must be a multiple of 64 (guide: CROP). "
                            f"Use {round(plan.resolution / 64) * 64}.")
