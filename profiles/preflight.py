@@ -4,11 +4,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from crumb.profiles.base_model import BaseModel, check_vae, inspect_base_model
-from crumb.profiles.dataset import Scan, scan_pictures
+from crumb.profiles.dataset import Scan, scan_subsets
 from crumb.profiles.errors import RequestError
 from crumb.profiles.hardware import detect_gpu
 from crumb.profiles.interview import check_scan
 from crumb.profiles.plan import Plan
+from crumb.profiles.subsets import effective_subsets
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ def preflight(plan: Plan, on_progress=None) -> Facts:
         raise RequestError(f"{base.path} has no VAE baked in. Set vae in [base] to an SDXL VAE file.")
     if plan.vae:
         check_vae(plan.vae)
-    scan = scan_pictures(Path(plan.images), on_progress=on_progress)
+    scan = scan_subsets(effective_subsets(plan), on_progress=on_progress)
     check_scan(scan, plan.skip_broken)
     return Facts(base, scan)
 

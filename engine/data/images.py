@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageCms, ImageOps
 
 from crumb.profiles.buckets import Crop
-from crumb.profiles.dataset import open_picture
+from crumb.profiles.pictures import open_picture
 from crumb.profiles.errors import CrumbError
 
 _SIXTEEN_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N")

@@ -23,7 +23,7 @@ from crumb.engine.run.events import EventWriter
 from crumb.profiles.base_model import BaseModel, fingerprint
 from crumb.profiles.buckets import Crop, steps_per_epoch
 from crumb.profiles.dataset import Picture, Scan, caption_for, held_out_indices
-from crumb.profiles.derive import plan_crops
+from crumb.profiles.data_rules import plan_crops
 from crumb.profiles.errors import CrumbError
 from crumb.profiles.paths import cache_dir
 from crumb.profiles.plan import Plan
