@@ -52,9 +52,9 @@ SMALL_UNET_PARAMETERS = 100_000_000
 CHANGEABLE = {
     "name", "created", "gradient_checkpointing", "cache_latents", "vae_tiling", "vram_gib", "skip_broken", "save_precision",
     "save_every", "keep_checkpoints", "trackers", "judge_every", "sample_every", "sample_prompts", "sample_negative",
-    "sample_steps", "sample_guidance", "images", "base_model", "vae",
+    "sample_steps", "sample_guidance", "images", "regularization", "base_model", "vae",
 }
-"""Settings that don't change what is learned, or whose content is compared by its own hash."""
+"""Settings that don't change what is learned, or whose content is compared by its own hash; so with subsets' folders."""
 
 VERSIONS = ("torch", "diffusers", "transformers", "safetensors")
 
@@ -146,7 +146,9 @@ def _assemble(run: RunDirectory, plan: Plan, base: BaseModel, placement: Placeme
     events.emit("started", pid=status.pid, device=_device_name(placement), step=step, steps=plan.steps,
                 versions={name: version(name) for name in VERSIONS})
     num_batches = training_set.num_batches(plan.batch_size)
-    events.emit("numbers", num_pictures=len(training_set.pictures), num_buckets=len(training_set.buckets),
+    num_regularization = len(training_set.regularization)
+    events.emit("numbers", num_pictures=len(training_set.pictures) - num_regularization,
+                num_regularization=num_regularization, num_buckets=len(training_set.epoch.counts()),
                 steps_per_epoch=num_batches / plan.gradient_accumulation_steps, steps=plan.steps,
                 num_parameters=network.num_parameters, placement=placement.describe())
     return job, step
@@ -268,7 +270,7 @@ def _keep_best(job: Job) -> None:
 
 def _metadata(job: Job, step: int) -> dict[str, str]:
     training_set = job.training_set
-    pictures, crops, captions = ([of_all[index] for index in training_set.trained]
+    pictures, crops, captions = ([of_all[index] for index in (*training_set.trained, *training_set.regularization)]
                                  for of_all in (training_set.pictures, training_set.crops, training_set.captions))
     return lora_metadata(job.plan, training_set.base_sha256, pictures, crops, captions, step)
 
@@ -284,6 +286,7 @@ def _catch_signals():
 def plan_digest(plan: Plan) -> str:
     """Of the settings that the result depends on; the others may be changed between stop and resume."""
     settings = {name: value for name, value in asdict(plan).items() if name not in CHANGEABLE}
+    settings["subsets"] = [{key: value for key, value in table.items() if key != "images"} for table in plan.subsets]
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 

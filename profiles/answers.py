@@ -32,6 +32,8 @@ class Answers:
     """What the subject is in one common word; empty = by subject."""
     name: str = ""
     """Run name; empty = from the trigger or the folder."""
+    flip: bool = False
+    """Pictures may be shown mirrored: no text, no side that matters."""
     skip_broken: bool = False
     """Consent to train without pictures that can't be read."""
     overrides: dict = field(default_factory=dict)

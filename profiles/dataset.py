@@ -7,76 +7,36 @@ here changes a picture or a caption.
 import os
 import random
 import re
-import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
 
 from crumb.profiles.errors import RequestError
-
-if TYPE_CHECKING:
-    from PIL import Image
+from crumb.profiles.pictures import Found, Picture, Problem, examine, mask_of
+from crumb.profiles.subsets import Subset
 
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".avif", ".gif")
 CAPTION_SUFFIXES = (".txt", ".caption")
-MIN_SIDE = 64
-MAX_PIXELS = 300_000_000
+MASK_ENDING = "-masklabel.png"
+"""OneTrainer's name for the mask of NAME: NAME-masklabel.png. Such a file is never a training picture."""
 
-# What a file holds decides, not its ending; formats that call outside programs (EPS) stay shut.
-_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "AVIF", "GIF")
-# Above this, pictures are decoded one at a time: several at once could fill a small machine's memory.
-_HUGE_PIXELS = 40_000_000
 # A folder "2024_holiday" names a year, not two thousand repeats.
 _MAX_REPEATS = 999
-_EXIF_ORIENTATION = 0x0112
-
-_pillow_limit_lock = threading.Lock()
-_huge_lock = threading.Lock()
-
-
-@dataclass(frozen=True)
-class Picture:
-    """One usable picture. `width` and `height` are pixels as shown, after EXIF rotation."""
-
-    path: Path
-    width: int
-    height: int
-    repeats: int
-    caption: str | None
-    caption_path: Path | None
-
-
-@dataclass(frozen=True)
-class Problem:
-    """What is wrong with one file and how to mend it. `fatal`: the picture cannot be used."""
-
-    path: Path
-    text: str
-    fatal: bool
 
 
 @dataclass(frozen=True)
 class Scan:
-    """The pictures that can be used and all that was found wrong, both in natural order of path."""
+    """The pictures that can be used and all that was found wrong, both in natural order of path.
+
+    A scan of several folders keeps each folder's own in `parts`, and names the first as its folder.
+    """
 
     folder: Path
     pictures: list[Picture]
     problems: list[Problem]
-
-
-@dataclass(frozen=True)
-class _Found:
-    path: Path
-    repeats: int
-    caption_path: Path | None
-
-
-class PictureTooLarge(ValueError):
-    """More pixels than any photograph has: a decompression bomb, or a scan that must be scaled down first."""
+    parts: tuple["Scan", ...] = ()
 
 
 def scan_pictures(folder: str | Path, on_progress: Callable[[int, int], None] | None = None) -> Scan:
@@ -100,7 +60,7 @@ def scan_pictures(folder: str | Path, on_progress: Callable[[int, int], None] | 
         # Pillow's remarks on odd metadata would otherwise be printed across the wizard's screen.
         warnings.simplefilter("ignore")
         try:
-            for done, (picture, found_wrong) in enumerate(pool.map(_examine, found), start=1):
+            for done, (picture, found_wrong) in enumerate(pool.map(examine, found), start=1):
                 problems += found_wrong
                 if picture:
                     pictures.append(picture)
@@ -115,14 +75,62 @@ def scan_pictures(folder: str | Path, on_progress: Callable[[int, int], None] | 
     return Scan(folder, sorted(pictures, key=lambda picture: _natural_key(picture.path)), problems)
 
 
+def scan_subsets(subsets: Sequence[Subset], known: Scan | None = None,
+                 on_progress: Callable[[int, int], None] | None = None) -> Scan:
+    """The pictures of all folders as one scan, subset after subset, each picture with the subset it belongs to.
+
+    `known` spares a second look at the folders it holds. RequestError as of scan_pictures, and where a subset adds
+    nothing or nothing is left to learn from.
+    """
+    parts = _parts(subsets, known, on_progress)
+    # A problem of a folder within another is found twice.
+    problems = list(dict.fromkeys(problem for part in parts for problem in part.problems))
+    owners, num_shared = _owners(parts)
+    if num_shared:
+        text = f"{num_shared} of its pictures lie in another of the folders too; each counts once, for the innermost folder."
+        problems.append(Problem(parts[0].folder, text, False))
+    pictures = []
+    for index, (subset, part) in enumerate(zip(subsets, parts)):
+        own = [picture for picture in part.pictures if owners[os.path.realpath(picture.path)] == index]
+        if index and not own:
+            raise RequestError(f'Every picture in "{part.folder}" lies in another of the folders as well. Give that subset a '
+                               f"folder of its own, or leave it out.")
+        faults = {picture.path: mask for picture in own if (mask := mask_of(picture, subset.masked_loss)) and mask.fault}
+        problems += [Problem(mask.path, mask.fault, True) for mask in faults.values()]
+        pictures += [replace(picture, subset=index) for picture in own if picture.path not in faults]
+    if all(subsets[picture.subset].regularization for picture in pictures):
+        raise RequestError(_nothing_usable(parts[0].folder, problems))
+    return Scan(parts[0].folder, pictures, problems, tuple(parts))
+
+
+def mask_findings(pictures: Sequence[Picture], subsets: Sequence[Subset]) -> list[str]:
+    """What is to be said where masks are wanted and some pictures have none."""
+    wanted = [picture for picture in pictures if subsets[picture.subset].masked_loss != "off"]
+    without = [picture for picture in wanted if not mask_of(picture, subsets[picture.subset].masked_loss)]
+    if not without:
+        return []
+    return [f"{len(without)} of {len(wanted)} pictures that should have a mask have none (first: {without[0].path.name}); "
+            f"they are trained whole."]
+
+
 def caption_for(picture: Picture, trigger: str, class_word: str) -> str:
     """The prompt a picture is trained with: its caption, led by the trigger word unless it already holds it."""
     trigger = trigger.strip()
     if not picture.caption:
         return f"{trigger} {class_word.strip()}".strip()
-    if not trigger or re.search(rf"(?<!\w){re.escape(trigger)}(?!\w)", picture.caption, re.IGNORECASE):
+    if not trigger or holds_word(picture.caption, trigger):
         return picture.caption
     return f"{trigger}, {picture.caption}"
+
+
+def training_caption(picture: Picture, subset: Subset) -> str:
+    """The picture's prompt by the settings of its subset; regularization pictures have no trigger word there."""
+    return caption_for(picture, subset.trigger, subset.class_word)
+
+
+def holds_word(caption: str, word: str) -> bool:
+    """Whether it stands in the caption as a word of its own, in either case."""
+    return bool(re.search(rf"(?<!\w){re.escape(word)}(?!\w)", caption, re.IGNORECASE))
 
 
 def held_out_indices(num_pictures: int, num_held_out: int, seed: int) -> list[int]:
@@ -133,27 +141,36 @@ def held_out_indices(num_pictures: int, num_held_out: int, seed: int) -> list[in
     return sorted(random.Random(f"crumb held out {seed}").sample(range(num_pictures), num_held_out))
 
 
-def open_picture(source: Path | BinaryIO) -> "Image.Image":
-    """Opens a picture's header with Pillow. Raises PictureTooLarge above MAX_PIXELS, else whatever Pillow raises."""
-    from PIL import Image
-
-    # Pillow warns from 89 megapixels and refuses from 179, which good scans reach; the limit here is our own.
-    with _pillow_limit_lock:
-        pillow_limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-        try:
-            image = Image.open(source, formats=_FORMATS)
-        finally:
-            Image.MAX_IMAGE_PIXELS = pillow_limit
-    if image.width * image.height > MAX_PIXELS:
-        image.close()
-        raise PictureTooLarge(
-            f"It claims {image.width} x {image.height} pixels; at most {MAX_PIXELS // 1_000_000} megapixels are "
-            "opened. Scale it down, or remove it if you don't know where it came from."
-        )
-    return image
+def _parts(subsets: Sequence[Subset], known: Scan | None, on_progress: Callable[[int, int], None] | None) -> list[Scan]:
+    """Each subset's folder scanned, none twice."""
+    scans = {part.folder: part for part in known.parts or [known]} if known else {}
+    num_done = 0
+    parts = []
+    for subset in subsets:
+        folder = Path(os.path.abspath(Path(subset.images).expanduser()))
+        if folder not in scans:
+            def progress(done: int, total: int, before: int = num_done) -> None:
+                nonlocal num_done
+                num_done = before + done
+                if on_progress:
+                    on_progress(num_done, before + total)
+            scans[folder] = scan_pictures(folder, progress)
+        parts.append(scans[folder])
+    return parts
 
 
-def _walk(folder: Path, repeats: int, problems: list[Problem], seen: set[str]) -> Iterator[_Found]:
+def _owners(parts: Sequence[Scan]) -> tuple[dict[str, int], int]:
+    """Which part each real file counts for, the innermost folder's or else the first; and how many lie in several."""
+    depths = [len(Path(os.path.realpath(part.folder)).parts) for part in parts]
+    places: dict[str, list[int]] = {}
+    for index, part in enumerate(parts):
+        for picture in part.pictures:
+            places.setdefault(os.path.realpath(picture.path), []).append(index)
+    owners = {file: max(indices, key=lambda index: (depths[index], -index)) for file, indices in places.items()}
+    return owners, sum(len(indices) > 1 for indices in places.values())
+
+
+def _walk(folder: Path, repeats: int, problems: list[Problem], seen: set[str]) -> Iterator[Found]:
     """Picture files below `folder`; every real file and folder once, whatever the links."""
     real_folder = os.path.realpath(folder)
     if real_folder in seen:
@@ -165,6 +182,8 @@ def _walk(folder: Path, repeats: int, problems: list[Problem], seen: set[str]) -
         problems.append(Problem(folder, f"The folder can't be opened ({error.strerror}). Mend its permissions.", True))
         return
     captions = {(Path(name).stem, Path(name).suffix.lower()): name for name in names}
+    masks = {name[: -len(MASK_ENDING)]: name for name in names if name.lower().endswith(MASK_ENDING)}
+    unused_masks = dict(masks)
     for name in names:
         path = folder / name
         if name.startswith("."):
@@ -173,7 +192,8 @@ def _walk(folder: Path, repeats: int, problems: list[Problem], seen: set[str]) -
             below = _repeats_below(path, repeats, problems)
             if below:
                 yield from _walk(path, below, problems, seen)
-        elif path.suffix.lower() in PICTURE_SUFFIXES:
+        elif path.suffix.lower() in PICTURE_SUFFIXES and not name.lower().endswith(MASK_ENDING):
+            unused_masks.pop(path.stem, None)
             if not path.is_file():
                 problems.append(Problem(path, "It is a link that leads nowhere, or no regular file. Remove it.", True))
                 continue
@@ -182,7 +202,11 @@ def _walk(folder: Path, repeats: int, problems: list[Problem], seen: set[str]) -
                 seen.add(real_path)
                 beside = (captions.get((path.stem, suffix)) for suffix in CAPTION_SUFFIXES)
                 caption_name = next(filter(None, beside), None)
-                yield _Found(path, repeats, folder / caption_name if caption_name else None)
+                mask_name = masks.get(path.stem)
+                yield Found(path, repeats, folder / caption_name if caption_name else None,
+                            folder / mask_name if mask_name else None)
+    problems += [Problem(folder / name, f"It is a mask, but there is no picture {stem} beside it.", False)
+                 for stem, name in unused_masks.items() if not name.startswith(".")]
 
 
 def _repeats_below(folder: Path, repeats: int, problems: list[Problem]) -> int:
@@ -198,78 +222,6 @@ def _repeats_below(folder: Path, repeats: int, problems: list[Problem]) -> int:
         problems.append(Problem(folder, text, False))
         return repeats
     return number
-
-
-def _examine(found: _Found) -> tuple[Picture | None, list[Problem]]:
-    try:
-        width, height, remark = _decode(found.path)
-    # Damaged files make Pillow's decoders raise nearly anything, from SyntaxError to struct.error.
-    except Exception as error:
-        return None, [Problem(found.path, _why_unreadable(error), True)]
-    if min(width, height) < MIN_SIDE:
-        text = f"It is {width} x {height} pixels; each side needs at least {MIN_SIDE}. Use a larger picture."
-        return None, [Problem(found.path, text, True)]
-    problems = [Problem(found.path, remark, False)] if remark else []
-    caption = None
-    if found.caption_path:
-        caption, wrong = _read_caption(found.caption_path)
-        if wrong:
-            problems.append(Problem(found.caption_path, wrong, False))
-    return Picture(found.path, width, height, found.repeats, caption, found.caption_path), problems
-
-
-def _decode(path: Path) -> tuple[int, int, str | None]:
-    """Decodes the whole file. Returns width and height as shown, and a remark on animations."""
-    with open_picture(path) as image:
-        animated = image.format in ("GIF", "WEBP", "PNG", "AVIF") and getattr(image, "n_frames", 1) > 1
-        width, height = image.size
-        with _huge_lock if width * height > _HUGE_PIXELS else nullcontext():
-            # An eighth of the size still reads every byte of a JPEG, at a third of the time.
-            image.draft("RGB", (width // 8, height // 8))
-            image.load()
-        # Pillow turns TIFFs by itself while loading, and then drops the tag.
-        if image.format == "TIFF":
-            width, height = image.size
-        elif _is_turned(image):
-            width, height = height, width
-    return width, height, "It is animated: its first frame is used." if animated else None
-
-
-def _is_turned(image: "Image.Image") -> bool:
-    try:
-        return image.getexif().get(_EXIF_ORIENTATION) in (5, 6, 7, 8)
-    except Exception:  # broken metadata says nothing about the picture, and raises nearly anything
-        return False
-
-
-def _why_unreadable(error: Exception) -> str:
-    from PIL import UnidentifiedImageError
-
-    if isinstance(error, PictureTooLarge):
-        return str(error)
-    if isinstance(error, PermissionError):
-        return "It may not be read. Mend its permissions."
-    if isinstance(error, UnidentifiedImageError):
-        return "It is no picture that can be read, whatever its ending says. Save it again as PNG or JPEG."
-    if isinstance(error, MemoryError):
-        return "It is too large for the memory of this machine. Scale it down."
-    return f"It is damaged or cut short ({error}). Copy or download it again."
-
-
-def _read_caption(path: Path) -> tuple[str | None, str | None]:
-    """Returns (caption, problem); one of them is None."""
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        return None, f"The caption can't be read ({error.strerror}). Mend its permissions."
-    except UnicodeDecodeError:
-        text = "\0"
-    if "\0" in text:
-        return None, "The caption is not UTF-8 text, so it is left out. Save it again as UTF-8."
-    caption = " ".join(line.strip() for line in text.splitlines() if line.strip())
-    if not caption:
-        return None, "The caption is empty. Write one, or delete the file."
-    return caption, None
 
 
 def _natural_key(path: Path) -> tuple:

@@ -4,15 +4,13 @@ Pure functions: the wizard runs them at every answer, `crumb plan` once, and bot
 Rule ids are those of the training guide; COMMON marks what the guide leaves open and the field agrees on.
 """
 
-import math
-from collections import Counter
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import replace
 
 from crumb.profiles.answers import Answers
 from crumb.profiles.base_model import BaseModel
-from crumb.profiles.buckets import Crop, assign, steps_per_epoch
-from crumb.profiles.dataset import Picture, Scan, held_out_indices
+from crumb.profiles.data_rules import class_word_for, derive_data, derive_held_out, derive_length, subsets_for, warn_of_data
+from crumb.profiles.dataset import Scan
+from crumb.profiles.derivation import Derivation
 from crumb.profiles.hardware import Gpu
 from crumb.profiles.plan import ADAPTIVE_OPTIMIZERS
 from crumb.profiles.vram import estimate_vram_gib
@@ -20,55 +18,22 @@ from crumb.profiles.vram import estimate_vram_gib
 COUNT_RANGE = {"character": (10, 50), "face": (10, 50), "style": (100, 4000), "concept": (50, 2000)}
 """Pictures a set should have, by subject (DATA-COUNT); a face counts as a character."""
 
-VIEWS_PER_PICTURE = {"character": 100, "face": 100, "concept": 60, "style": 40}
-"""How often each picture is seen in all; within STEP_RANGE in the end."""
-
-STEP_RANGE = (400, 6000)
-EPOCHS = 10
 LARGE_SET = 100
 """Pictures from which on the guide speaks of a large set (RANK-RAISE)."""
-CLASS_WORD = {"character": "person", "face": "face", "style": "style", "concept": "object"}
-SAVES_PER_RUN = 8
 FULL_MODEL_PARAMETERS = 1_000_000_000
 MIN_FITTED_RANK = 8
-MIN_SPARING, MAX_HELD_OUT = 40, 16
 SMALL_BASE_BATCH = 4
 SMALL_BASE_RATE = 1e-3
 
 
-@dataclass(frozen=True)
-class Derived:
-    """One value, the rule that gave it, and the reason as a person reads it."""
+def derive(answers: Answers, whole_scan: Scan, base: BaseModel, gpu: Gpu) -> Derivation:
+    """All values of the plan that nobody was asked for; `answers.overrides` win and are marked as such.
 
-    value: Any
-    rule: str
-    reason: str
-
-
-@dataclass
-class Derivation:
-    """Values as they are put in, one after the other; what the person fixed wins, and later rules see it."""
-
-    overrides: dict[str, Any]
-    values: dict[str, Derived] = field(default_factory=dict)
-    warnings: list[dict[str, str]] = field(default_factory=list)
-
-    def put(self, name: str, value: Any, rule: str, reason: str) -> None:
-        if name in self.overrides:
-            self.values[name] = Derived(self.overrides[name], "", "set by you")
-        else:
-            self.values[name] = Derived(value, rule, reason)
-
-    def value(self, name: str) -> Any:
-        return self.values[name].value
-
-    def warn(self, rule: str, text: str) -> None:
-        self.warnings.append({"rule": rule, "text": text})
-
-
-def derive(answers: Answers, scan: Scan, base: BaseModel, gpu: Gpu) -> Derivation:
-    """All values of the plan that nobody was asked for; `answers.overrides` win and are marked as such."""
+    What follows from the number of pictures follows from training pictures alone.
+    """
     result = Derivation(answers.overrides)
+    subsets = subsets_for(answers)
+    scan = replace(whole_scan, pictures=[p for p in whole_scan.pictures if not subsets[p.subset].regularization])
     _derive_precision(result, gpu)
     result.put("resolution", base.native_resolution, "CROP", f"the base was made for {base.native_resolution} pixels")
     result.put("buckets", True, "BUCKET", "pictures of one size train together; nothing need be cropped by hand")
@@ -77,17 +42,15 @@ def derive(answers: Answers, scan: Scan, base: BaseModel, gpu: Gpu) -> Derivatio
     _derive_noise(result, scan)
     _derive_memory(result, base, gpu)
     _derive_captions(result, answers)
-    _derive_held_out(result, scan)
-    _derive_length(result, answers, scan)
+    derive_data(result, answers, len(whole_scan.pictures) - len(scan.pictures))
+    derive_held_out(result, scan)
+    epoch = derive_length(result, answers, whole_scan, len(scan.pictures))
     for name in answers.overrides:
         if name not in result.values:
             result.put(name, None, "", "")
     _warn(result, answers, scan, base, gpu)
+    warn_of_data(result, whole_scan, subsets, epoch)
     return result
-
-
-def plan_crops(pictures: list[Picture], resolution: int, buckets: bool, upscale: bool) -> list[Crop]:
-    return [assign(p.width, p.height, resolution, buckets=buckets, upscale=upscale) for p in pictures]
 
 
 def _derive_precision(result: Derivation, gpu: Gpu) -> None:
@@ -159,7 +122,6 @@ def _derive_network(result: Derivation, answers: Answers, scan: Scan, base: Base
     alpha = rank / 2 if rank < 32 else max(16, rank // 2 // 16 * 16)
     result.put("alpha", float(alpha), "ALPHA-HALF", f"half the rank ({rank}), in multiples of 16 where the rank allows")
     _derive_convolutions(result, rank, base)
-    result.put("regularization", False, "REG", "no regularization pictures were given")
 
 
 def _derive_convolutions(result: Derivation, rank: int, base: BaseModel) -> None:
@@ -234,65 +196,6 @@ def _derive_captions(result: Derivation, answers: Answers) -> None:
                else f"for tagging tools: a {answers.subject} set needs no detailed tags; cap their number")
 
 
-def _derive_held_out(result: Derivation, scan: Scan) -> None:
-    num_pictures = len(scan.pictures)
-    if num_pictures < MIN_SPARING:
-        result.put("held_out_pictures", 0, "OVERFIT", f"{num_pictures} pictures can spare none ({MIN_SPARING} could)")
-        return
-    held_out = min(MAX_HELD_OUT, num_pictures // 20)
-    result.put("held_out_pictures", held_out, "OVERFIT", "a twentieth, only measured: their loss rises when the run overfits")
-
-
-def _derive_length(result: Derivation, answers: Answers, scan: Scan) -> None:
-    """repeats, epochs and steps from how often each picture should be seen; then what is measured in steps."""
-    low, high = (bound * result.value("batch_size") for bound in STEP_RANGE)
-    held_out = set(held_out_indices(len(scan.pictures), result.value("held_out_pictures"), result.overrides.get("seed", 42)))
-    pictures = [picture for index, picture in enumerate(scan.pictures) if index not in held_out]
-    num_weighted = sum(picture.repeats for picture in pictures)
-    views = round(min(max(VIEWS_PER_PICTURE[answers.subject] * num_weighted, low), high) / num_weighted) or 1
-    result.put("repeats", max(1, round(views / EPOCHS)), "COMMON", f"each picture is seen about {views} times in all")
-    repeats = result.value("repeats")
-    epochs = max(1, round(views / repeats))
-    if result.value("optimizer") == "Prodigy" and result.value("scheduler") == "constant_with_warmup":
-        result.put("epochs", epochs + 1, "SCHED-PRODIGY", "one more, to make up for Prodigy's warm-up")
-    else:
-        result.put("epochs", epochs, "COMMON", f"{repeats} repeats x {epochs} epochs = {repeats * epochs} views of each")
-    epochs = result.value("epochs")
-
-    batch_size, accumulation = result.value("batch_size"), result.overrides.get("gradient_accumulation_steps", 1)
-    num_batches = batches_per_epoch(pictures, repeats, result.value("resolution"), result.value("buckets"),
-                                    result.overrides.get("upscale", False), batch_size)
-    steps = math.ceil(num_batches * epochs / accumulation)
-    accumulated = f" / {accumulation} accumulated" if accumulation > 1 else ""
-    result.put("steps", steps, "COMMON", f"{len(pictures)} pictures x {repeats} repeats / batch {batch_size} = "
-                                         f"{num_batches} batches per epoch x {epochs} epochs{accumulated} = {steps}")
-    if "steps" in result.overrides:
-        steps = result.value("steps")
-        epochs = math.ceil(steps * accumulation / num_batches)
-        result.put("epochs", epochs, "COMMON", f"{steps} steps are about {epochs} epochs of {num_batches} batches")
-    every = _round_nicely(steps / SAVES_PER_RUN)
-    result.put("save_every", every, "COMMON", f"{steps // every} times in {steps} steps, at round numbers")
-    result.put("judge_every", result.value("save_every"), "LOSS", "each checkpoint's loss on fixed noise is measured")
-    result.put("sample_every", every, "COMMON", "sample pictures with each checkpoint")
-
-
-def batches_per_epoch(pictures: list[Picture], repeats: int, resolution: int, buckets: bool, upscale: bool,
-                      batch_size: int) -> int:
-    """Forward passes that show every picture `repeats` times; a bucket's last batch may be smaller."""
-    counts: Counter = Counter()
-    for picture, crop in zip(pictures, plan_crops(pictures, resolution, buckets, upscale)):
-        counts[crop.width, crop.height] += picture.repeats * repeats
-    return steps_per_epoch(counts, batch_size)
-
-
-def _round_nicely(steps: float) -> int:
-    """One leading digit of 1, 2 or 5 (or 25), so that checkpoints have round names."""
-    if steps <= 1:
-        return 1
-    power = 10 ** math.floor(math.log10(steps))
-    return max(1, int(max(nice * power for nice in (1, 2, 2.5, 5) if nice * power <= steps)))
-
-
 def _warn(result: Derivation, answers: Answers, scan: Scan, base: BaseModel, gpu: Gpu) -> None:
     num_pictures = len(scan.pictures)
     low, high = COUNT_RANGE[answers.subject]
@@ -333,11 +236,6 @@ def _warn_of_noise(result: Derivation) -> None:
         result.warn("NOISE-MULTIRES", f"multires_noise_iterations is {iterations}; 6 to 10 is recommended.")
     if offset and iterations:
         result.warn("NOISE-OFFSET", "noise_offset and multires noise both shift the brightness; one of them is enough.")
-
-
-def class_word_for(answers: Answers) -> str:
-    """The class word in use: the person's own, or the usual one of the subject."""
-    return answers.class_word or CLASS_WORD[answers.subject]
 
 
 def _warn_of_optimizer(result: Derivation, optimizer: str) -> None:

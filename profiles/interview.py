@@ -11,8 +11,10 @@ from typing import Any
 
 from crumb.profiles.answers import LOOKS, SUBJECTS, Answers
 from crumb.profiles.base_model import BaseModel, check_vae, hints_v_prediction, inspect_base_model
-from crumb.profiles.dataset import Scan, caption_for, scan_pictures
-from crumb.profiles.derive import Derivation, class_word_for, derive
+from crumb.profiles.data_rules import class_word_for, subsets_for
+from crumb.profiles.dataset import Scan, scan_subsets, training_caption
+from crumb.profiles.derivation import Derivation
+from crumb.profiles.derive import derive
 from crumb.profiles.errors import RequestError
 from crumb.profiles.hardware import Gpu, resolve_gpu
 from crumb.profiles.plan import Plan, check_value, dump_plan, plan_fields
@@ -23,7 +25,7 @@ NUM_REMARKS = 5
 
 ANSWERED = {
     "name": "--name", "images": "--images", "base_model": "--base", "vae": "--vae", "prediction_type": "--prediction",
-    "trigger": "--trigger", "class_word": "--class", "skip_broken": "--skip-broken", "vram_gib": "--vram",
+    "trigger": "--trigger", "class_word": "--class", "flip": "--flip", "skip_broken": "--skip-broken", "vram_gib": "--vram",
     "device": "--gpu",
 }
 """Settings that come from an answer, which others follow from as well: an override would contradict it."""
@@ -56,7 +58,7 @@ class Interview:
 
 
 def conclude(answers: Answers, scan: Scan | None = None) -> Interview:
-    """The plan that follows from the answers; `scan` spares a second look at the same pictures.
+    """The plan that follows from the answers; `scan` spares a second look at the folders it holds.
 
     Raises RequestError for the first answer that can't stand.
     """
@@ -67,7 +69,7 @@ def conclude(answers: Answers, scan: Scan | None = None) -> Interview:
     if answers.vae:
         check_vae(answers.vae)
     prediction_type = choose_prediction_type(answers, base)
-    scan = scan or scan_pictures(Path(answers.images).expanduser())
+    scan = scan_subsets(subsets_for(answers), scan)
     check_scan(scan, answers.skip_broken)
     gpu = resolve_gpu(answers.gpu, answers.vram_gib)
     derivation = derive(answers, scan, base, gpu)
@@ -80,7 +82,8 @@ def conclude(answers: Answers, scan: Scan | None = None) -> Interview:
     if len(remarks) > NUM_REMARKS:
         derivation.warn("", f"{len(remarks) - NUM_REMARKS} more files have remarks like these; engine.log will name them all.")
     settings = {
-        name: derived.value for name, derived in derivation.values.items() if name in plan_fields()
+        name: _with_absolute_folders(name, derived.value)
+        for name, derived in derivation.values.items() if name in plan_fields()
     }
     plan = Plan(**{
         "name": answers.name or default_name(answers),
@@ -97,6 +100,15 @@ def conclude(answers: Answers, scan: Scan | None = None) -> Interview:
         **settings,
     })
     return Interview(answers, scan, base, gpu, derivation, plan)
+
+
+def _with_absolute_folders(name: str, value: Any) -> Any:
+    """A plan is taken up again from any folder."""
+    if name == "regularization" and value:
+        return str(Path(value).expanduser().absolute())
+    if name == "subsets":
+        return [table | {"images": str(Path(table["images"]).expanduser().absolute())} for table in value]
+    return value
 
 
 def check_answers(answers: Answers) -> None:
@@ -135,8 +147,9 @@ def check_scan(scan: Scan, skip_broken: bool) -> None:
     if broken and not skip_broken:
         named = "; ".join(f"{problem.path.name}: {problem.text}" for problem in broken[:5])
         more = f" (and {len(broken) - 5} more)" if len(broken) > 5 else ""
-        raise RequestError(f"{len(broken)} of the pictures in {scan.folder} can't be used: {named}{more}. Mend or remove "
-                           f"them, or train without them: --skip-broken.")
+        beside = f" and {len(scan.parts) - 1} more folders" if len(scan.parts) > 1 else ""
+        raise RequestError(f"{len(broken)} of the pictures in {scan.folder}{beside} can't be used: {named}{more}. Mend or "
+                           f"remove them, or train without them: --skip-broken.")
 
 
 def choose_prediction_type(answers: Answers, base: BaseModel) -> str:
@@ -159,10 +172,10 @@ def default_name(answers: Answers) -> str:
 
 def default_prompts(answers: Answers, scan: Scan) -> list[str]:
     """The bare trigger and class, then one of the set's own captions."""
-    prompts = [without_options(f"{answers.trigger} {class_word_for(answers)}")]
+    subsets, prompts = subsets_for(answers), [without_options(f"{answers.trigger} {class_word_for(answers)}")]
     for picture in scan.pictures:
-        caption = without_options(caption_for(picture, answers.trigger, class_word_for(answers)))
-        if caption not in prompts:
+        caption = without_options(training_caption(picture, subsets[picture.subset]))
+        if caption not in prompts and not subsets[picture.subset].regularization:
             prompts.append(caption)
         if len(prompts) == NUM_SAMPLE_PROMPTS:
             break

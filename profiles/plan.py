@@ -5,9 +5,8 @@ wizard's help and the names in `crumb plan --json` are all read off them.
 """
 
 import dataclasses
-import difflib
 import tomllib
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,11 @@ from typing import Any
 import tomlkit
 
 from crumb.profiles.blocks import ATTENTION_BLOCKS, BLOCKS
+from crumb.profiles.checks import checked, from_text, nearest, toml_value
+from crumb.profiles.checks import setting as _setting
 from crumb.profiles.errors import RequestError
 from crumb.profiles.sample_prompts import sample_prompts
+from crumb.profiles.subsets import check_subsets
 
 PLAN_VERSION = 1
 
@@ -38,13 +40,6 @@ TARGETS = ("attention", "attention+ff", "attention+ff+conv")
 PRECISIONS = ("no", "fp16", "bf16")
 ADAPTIVE_OPTIMIZERS = ("Prodigy", "DAdaptAdam")
 """Optimizers that find the learning rate themselves: the rate given to them is a factor, 1 (OPT-PRODIGY, OPT-DADAPT)."""
-
-
-def _setting(section: str, help: str, default: Any = dataclasses.MISSING, *, choices=None, low=None, high=None):
-    metadata = {"section": section, "help": help, "choices": choices, "low": low, "high": high}
-    if isinstance(default, (list, dict)):
-        return field(default_factory=lambda: type(default)(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
 
 
 @dataclass(kw_only=True)
@@ -76,6 +71,14 @@ class Plan:
     held_out_pictures: int = _setting("data", "Pictures that are only measured, never trained on; they show overfitting", 0,
                                       low=0, high=1000)
     skip_broken: bool = _setting("data", "Train without the pictures that can't be read", False)
+    flip: bool = _setting("data", "Show half of the views mirrored; not where there is text or a side that matters", False)
+    masked_loss: str = _setting("data", "Learn only where a mask is white: the picture's alpha channel, or a file "
+                                "NAME-masklabel.png beside it", "off", choices=("off", "alpha", "files"))
+    mask_floor: float = _setting("data", "What the rest counts beside the mask's white; 0 = nothing", 0.0, low=0, high=1)
+    regularization: str = _setting("data", "Folder of pictures of what must not be forgotten; empty = none", "")
+    prior_loss_weight: float = _setting("data", "What the loss of regularization pictures counts", 1.0, low=0, high=100)
+    subsets: list = _setting("data", "Further folders with settings of their own: {images = \"DIR\", repeats = 3, ...}", [],
+                             items=dict)
 
     method: str = _setting("network", "What is trained", "lora", choices=("lora",))
     targets: str = _setting("network", "Which layers learn; conv adds the 3x3 convolutions", "attention+ff",
@@ -168,7 +171,7 @@ class Plan:
 
     def __post_init__(self):
         for setting in dataclasses.fields(self):
-            setattr(self, setting.name, _checked(setting, getattr(self, setting.name)))
+            setattr(self, setting.name, checked(setting, getattr(self, setting.name)))
         _check_together(self)
 
 
@@ -199,7 +202,7 @@ def parse_plan(text: str, source: str = "the plan") -> Plan:
     values = {}
     for section, content in document.items():
         if not isinstance(content, dict) or section not in _sections():
-            raise RequestError(f"{source}: unknown section [{section}]." + _nearest(section, _sections()))
+            raise RequestError(f"{source}: unknown section [{section}]." + nearest(section, _sections()))
         for key, value in content.items():
             _check_key(key, section, source)
             values[key] = value
@@ -216,10 +219,12 @@ def parse_plan(text: str, source: str = "the plan") -> Plan:
 def with_absolute_paths(text: str, folder: Path) -> str:
     """The plan's text with relative paths taken from `folder`, so that it may be moved; comments stay."""
     document = tomlkit.parse(text)
-    for section, key in (("base", "base_model"), ("base", "vae"), ("data", "images"), ("network", "start_from")):
-        value = document.get(section, {}).get(key)
+    base, data = document.get("base", {}), document.get("data", {})
+    for table, key in ((base, "base_model"), (base, "vae"), (document.get("network", {}), "start_from"), (data, "images"),
+                       (data, "regularization"), *((subset, "images") for subset in data.get("subsets", []))):
+        value = table.get(key)
         if value and not Path(value).is_absolute():
-            document[section][key] = str((folder / Path(value).expanduser()).absolute())
+            table[key] = str((folder / Path(value).expanduser()).absolute())
     return tomlkit.dumps(document)
 
 
@@ -240,12 +245,7 @@ def dump_plan(plan: Plan, reasons: dict[str, str] | None = None, notes: list[str
             table.add(tomlkit.comment(f"{setting.metadata['help']}{allowed}"))
             if reasons and name in reasons:
                 table.add(tomlkit.comment(f"  why: {reasons[name]}"))
-            value = getattr(plan, name)
-            if isinstance(value, dict):
-                inline = tomlkit.inline_table()
-                inline.update(value)
-                value = inline
-            table.add(name, value)
+            table.add(name, toml_value(getattr(plan, name)))
         document.add(section, table)
     return tomlkit.dumps(document)
 
@@ -254,47 +254,16 @@ def check_value(name: str, value: Any) -> Any:
     """One setting's value as its type, or a RequestError; text from a command line is converted."""
     fields = plan_fields()
     if name not in fields:
-        raise RequestError(f"There is no setting {name!r}." + _nearest(name, fields))
-    if isinstance(value, str) and fields[name].type is not str:
-        value = _from_text(fields[name], value)
-    return _checked(fields[name], value)
-
-
-def _from_text(setting: dataclasses.Field, text: str) -> Any:
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        if setting.type is list:
-            return [text]
-        raise RequestError(f"{setting.name} is {text!r}; it must be {_TYPE_WORDS[setting.type]}.") from None
-
-
-_TYPE_WORDS = {
-    int: "a whole number", float: "a number", bool: "true or false", str: "text in quotes",
-    list: "a list of texts", dict: "a table of arguments",
-}
-
-
-def _checked(setting: dataclasses.Field, value: Any) -> Any:
-    wanted = setting.type
-    if wanted is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    wrong_type = not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool)
-    if wrong_type or (wanted is list and not all(isinstance(item, str) for item in value)):
-        raise RequestError(f"{setting.name} is {value!r}; it must be {_TYPE_WORDS[wanted]}.")
-    if wanted is str and any(ord(letter) < 32 for letter in value):
-        raise RequestError(f"{setting.name} holds a control character; use plain text on one line.")
-    choices, low, high = (setting.metadata[key] for key in ("choices", "low", "high"))
-    if choices and value not in choices:
-        raise RequestError(f"{setting.name} is {value!r}; it must be one of {', '.join(map(str, choices))}."
-                           + _nearest(value, choices))
-    if low is not None and not low <= value <= high:  # NaN fails this too
-        raise RequestError(f"{setting.name} is {value!r}; it must be between {low} and {high}.")
-    return value
+        raise RequestError(f"There is no setting {name!r}." + nearest(name, fields))
+    if isinstance(value, str):
+        value = from_text(fields[name], value)
+    value = checked(fields[name], value)
+    return check_subsets(value, fields) if name == "subsets" else value
 
 
 def _check_together(plan: Plan) -> None:
     """Rules beyond one value's range; the same ones for wizard, `crumb plan` and the engine."""
+    plan.subsets = check_subsets(plan.subsets, plan_fields())
     try:
         datetime.fromisoformat(plan.created).timestamp()
     except (ValueError, OverflowError, OSError):
@@ -303,7 +272,7 @@ def _check_together(plan: Plan) -> None:
     _check_blocks(plan)
     for name in plan.trackers:
         if name not in TRACKERS:
-            raise RequestError(f"trackers names {name!r}; it must be of {', '.join(TRACKERS)}." + _nearest(name, TRACKERS))
+            raise RequestError(f"trackers names {name!r}; it must be of {', '.join(TRACKERS)}." + nearest(name, TRACKERS))
     if plan.resolution % 64:
         raise RequestError(f"resolution is {plan.resolution}; it must be a multiple of 64 (guide: CROP). "
                            f"Use {round(plan.resolution / 64) * 64}.")
@@ -336,7 +305,7 @@ def _check_blocks(plan: Plan) -> None:
         for block, value in getattr(plan, name).items():
             if block not in BLOCKS:
                 raise RequestError(f"{name} names the block {block!r}; SDXL's are {BLOCKS[0]} to {BLOCKS[8]}, MID, "
-                                   f"{BLOCKS[10]} to {BLOCKS[-1]}." + _nearest(block, BLOCKS))
+                                   f"{BLOCKS[10]} to {BLOCKS[-1]}." + nearest(block, BLOCKS))
             wanted = int if name == "block_ranks" else (int, float)
             if isinstance(value, bool) or not isinstance(value, wanted) or not low <= value <= high:
                 kind = "whole number" if wanted is int else "number"
@@ -363,7 +332,7 @@ def _check_optimizer_args(plan: Plan) -> None:
     for name, value in plan.optimizer_args.items():
         if name not in known:
             raise RequestError(f"optimizer_args has {name!r}, which {plan.optimizer} does not take; it takes "
-                               f"{', '.join(known)}." + _nearest(name, known))
+                               f"{', '.join(known)}." + nearest(name, known))
         numbers = value if name == "betas" and isinstance(value, list) and len(value) == 2 else [value]
         if (name == "betas" and len(numbers) != 2) or not all(isinstance(number, int | float) for number in numbers):
             wanted = "two numbers, such as [0.9, 0.999]" if name == "betas" else "a number, true or false"
@@ -373,7 +342,7 @@ def _check_optimizer_args(plan: Plan) -> None:
 def _check_key(key: str, section: str, source: str) -> None:
     fields = plan_fields()
     if key not in fields:
-        raise RequestError(f"{source}: unknown key {key!r} in [{section}]." + _nearest(key, fields))
+        raise RequestError(f"{source}: unknown key {key!r} in [{section}]." + nearest(key, fields))
     right_section = fields[key].metadata["section"]
     if right_section != section:
         raise RequestError(f"{source}: {key} stands in [{section}]; move it to [{right_section}].")
@@ -385,8 +354,3 @@ def _sections() -> list[str]:
 
 def _has_factory(setting: dataclasses.Field) -> bool:
     return setting.default_factory is not dataclasses.MISSING
-
-
-def _nearest(word: Any, known) -> str:
-    match = difflib.get_close_matches(str(word), [str(name) for name in known], n=1, cutoff=0.5)
-    return f" Did you mean {match[0]!r}?" if match else ""

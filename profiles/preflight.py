@@ -4,12 +4,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from crumb.profiles.base_model import BaseModel, check_vae, inspect_base_model
-from crumb.profiles.dataset import Scan, scan_pictures
+from crumb.profiles.dataset import Scan, scan_subsets
 from crumb.profiles.errors import RequestError
 from crumb.profiles.hardware import detect_gpu
 from crumb.profiles.interview import check_scan
 from crumb.profiles.plan import Plan
 from crumb.profiles.safetensors_header import read_header
+from crumb.profiles.subsets import effective_subsets
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ def preflight(plan: Plan, on_progress=None) -> Facts:
         check_vae(plan.vae)
     if plan.start_from:
         read_header(Path(plan.start_from))
-    scan = scan_pictures(Path(plan.images), on_progress=on_progress)
+    scan = scan_subsets(effective_subsets(plan), on_progress=on_progress)
     check_scan(scan, plan.skip_broken)
     return Facts(base, scan)
 

@@ -90,6 +90,9 @@ def _add_answers(command: argparse.ArgumentParser) -> None:
     command.add_argument("--vae", metavar="FILE", default="", help="a VAE to use instead of the base's own")
     command.add_argument("--prediction", choices=("epsilon", "v_prediction"), default="",
                          help="what the base predicts, where its file does not say")
+    command.add_argument("--flip", action="store_true", help="pictures may be mirrored: no text, no side that matters")
+    command.add_argument("--subset", metavar="images=DIR,KEY=VALUE", action="append", default=[], dest="subsets",
+                         help="a further folder with settings of its own, such as repeats=3; may be given many times")
     command.add_argument("--skip-broken", action="store_true", help="train without the pictures that can't be read")
     command.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], dest="settings",
                          help="fix a setting yourself, such as rank=16; may be given many times")

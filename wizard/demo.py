@@ -10,7 +10,7 @@ from crumb.engine.run.demo import demo_folder, write_demo_base
 from crumb.engine.run.directory import RunDirectory, create_run, read_state
 from crumb.engine.run.events import read_events
 from crumb.profiles.answers import Answers
-from crumb.profiles.derive import Derived
+from crumb.profiles.derivation import Derived
 from crumb.profiles.interview import Interview, check_override, conclude
 from crumb.profiles.paths import cache_dir
 from crumb.wizard.commands import start_and_watch, unused_name

@@ -3,8 +3,8 @@
 from collections import Counter
 
 from crumb.profiles.base_model import BaseModel
+from crumb.profiles.data_rules import plan_crops
 from crumb.profiles.dataset import Scan
-from crumb.profiles.derive import plan_crops
 from crumb.profiles.hardware import GIB, Gpu
 from crumb.wizard.dashboard.state import clean
 

@@ -9,6 +9,7 @@ from typing import Any
 from crumb.engine.run.directory import create_run
 from crumb.profiles.answers import Answers
 from crumb.profiles.base_model import inspect_base_model
+from crumb.profiles.dataset import Scan
 from crumb.profiles.errors import RequestError
 from crumb.profiles.hardware import detect_gpu, resolve_gpu
 from crumb.profiles.interview import Interview, check_override, conclude, default_name
@@ -101,7 +102,7 @@ def _chosen(question: Question, text: str, present: Any, answers: Answers) -> An
 
 def _learn(question: Question, answers: Answers, known: Known) -> Known:
     if question.key == "images":
-        known = replace(known, scan=scan_showing_progress(answers.images))
+        known = replace(known, scan=scan_showing_progress(answers))
         print("\n".join(describe_scan(known.scan, 1024)))
     if question.key == "base":
         known = replace(known, base=inspect_base_model(Path(answers.base)))
@@ -127,18 +128,18 @@ def _review(answers: Answers, known: Known, ascii: bool) -> int:
         try:
             if text == "w":
                 return _write(result)
-            answers, result = _change(text, answers, known)
+            answers, result = _change(text, answers, result.scan)
         except RequestError as error:
             print(f"! {error}")
 
 
-def _change(text: str, answers: Answers, known: Known) -> tuple[Answers, Interview]:
+def _change(text: str, answers: Answers, scan: Scan) -> tuple[Answers, Interview]:
     key, equals, value = (part.strip() for part in text.partition("="))
     if not equals:
         raise RequestError(f"{text!r} is neither Enter, w, q nor KEY=VALUE, such as rank=16.")
     overrides = {**answers.overrides, key: check_override(key, value)}
     changed = replace(answers, overrides=overrides)
-    result = conclude(changed, known.scan)
+    result = conclude(changed, scan)
     save_draft(changed, "review")
     print_plan(result)
     return changed, result

@@ -12,9 +12,12 @@ from typing import Any
 from crumb.engine.run.directory import check_run_name, write_atomic
 from crumb.profiles.answers import Answers
 from crumb.profiles.base_model import check_vae, inspect_base_model
-from crumb.profiles.dataset import Scan, scan_pictures
+from crumb.profiles.data_rules import subsets_for
+from crumb.profiles.dataset import Scan, scan_subsets
 from crumb.profiles.errors import RequestError
 from crumb.profiles.interview import Interview, check_answers, check_override, conclude
+from crumb.profiles.plan import plan_fields, toml_value
+from crumb.profiles.subsets import subset_as_text, subset_from_text
 
 
 def plan(options) -> int:
@@ -37,11 +40,15 @@ def plan(options) -> int:
 
 
 def answers_from(options) -> Answers:
+    overrides = dict(parse_setting(text) for text in options.settings)
+    subsets = [subset_from_text(text, plan_fields()) for text in options.subsets]
+    if subsets:
+        overrides["subsets"] = [*overrides.get("subsets", []), *subsets]
     return Answers(
         images=options.images, subject=options.subject, base=options.base, vae=options.vae,
         prediction=options.prediction, gpu=options.gpu, vram_gib=options.vram_gib, look=options.look,
         trigger=options.trigger.strip(), class_word=options.class_word.strip(), name=options.name,
-        skip_broken=options.skip_broken, overrides=dict(parse_setting(text) for text in options.settings),
+        flip=options.flip, skip_broken=options.skip_broken, overrides=overrides,
     )
 
 
@@ -59,19 +66,19 @@ def look_at_pictures(answers: Answers) -> Scan:
     inspect_base_model(Path(answers.base).expanduser())
     if answers.vae:
         check_vae(answers.vae)
-    return scan_showing_progress(answers.images)
+    return scan_showing_progress(answers)
 
 
-def scan_showing_progress(folder: str) -> Scan:
-    """The pictures of a folder, with a bar on stderr where that is a terminal."""
+def scan_showing_progress(answers: Answers) -> Scan:
+    """The pictures of all folders that the answers name, with a bar on stderr where that is a terminal."""
     from rich.console import Console
     from rich.progress import Progress
 
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("Reading pictures", total=None)
-        return scan_pictures(
-            Path(folder).expanduser(),
+        return scan_subsets(
+            subsets_for(answers),
             on_progress=lambda done, total: progress.update(task, completed=done, total=total))
 
 
@@ -139,21 +146,15 @@ def equivalent_command(answers: Answers) -> str:
             parts += [option, value]
     if answers.vram_gib is not None:
         parts += ["--vram", f"{answers.vram_gib:g}"]
-    if answers.skip_broken:
-        parts.append("--skip-broken")
+    parts += [option for option, given in (("--flip", answers.flip), ("--skip-broken", answers.skip_broken)) if given]
     for name, value in answers.overrides.items():
-        parts += ["--set", f"{name}={as_typed(value)}"]
+        if name == "subsets":
+            parts += [part for table in value for part in ("--subset", subset_as_text(table))]
+        else:
+            parts += ["--set", f"{name}={as_typed(value)}"]
     return " ".join([parts[0], *map(shlex.quote, parts[1:])])
 
 
 def as_typed(value: Any) -> str:
-    """A value in the form that --set and the wizard read back: TOML, but text without its quotes."""
-    import tomlkit
-
-    if isinstance(value, str):
-        return value
-    if isinstance(value, dict):
-        inline = tomlkit.inline_table()
-        inline.update(value)
-        return inline.as_string()
-    return tomlkit.item(value).as_string()
+    """A value in the form that --set and the wizard read back: TOML on one line, but text without its quotes."""
+    return value if isinstance(value, str) else toml_value(value, one_line=True).as_string()

@@ -11,8 +11,9 @@ from typing import Any
 from crumb.engine.run.directory import check_run_name, runs_folder
 from crumb.profiles.answers import Answers
 from crumb.profiles.base_model import BaseModel, check_vae, hints_v_prediction, inspect_base_model
+from crumb.profiles.data_rules import class_word_for
 from crumb.profiles.dataset import Scan
-from crumb.profiles.derive import COUNT_RANGE, class_word_for
+from crumb.profiles.derive import COUNT_RANGE
 from crumb.profiles.errors import RequestError
 from crumb.profiles.hardware import resolve_gpu
 from crumb.profiles.interview import default_name
@@ -21,7 +22,7 @@ from crumb.wizard.commands import unused_name
 TOPICS = {"goal": "Goal", "pictures": "Pictures", "base": "Base model", "hardware": "Hardware", "review": "Review"}
 """The wizard's steps in order; a question names the one it belongs to."""
 
-FORGOTTEN_WITH = {"images": ("skip_broken",), "base": ("vae", "prediction")}
+FORGOTTEN_WITH = {"images": ("skip_broken", "flip"), "base": ("vae", "prediction")}
 """Answers that say something about the file named in another answer, and end with it."""
 
 
@@ -204,6 +205,13 @@ QUESTIONS = (
         help="Stands in for missing captions, after the trigger word: ohwx person.",
         more="Pictures without a caption are trained with the trigger and this word. Whatever the caption does not "
              "name is learned as part of the subject (rule TAG-BIND).",
+    ),
+    Question(
+        key="flip", topic="pictures", title="May pictures be mirrored?", kind="yes-no",
+        choices=((False, "no"), (True, "yes")), default=lambda answers: False,
+        help="No where text, a logo, an uneven face or a parting has its side.",
+        more="Half of the views are then shown mirrored, so a small set has more to show. But letters come out reversed, and "
+             "a scar, a parting or a one-sided outfit is learned on both sides. Styles and symmetric things gain most.",
     ),
     Question(
         key="base", topic="base", title="Base model", kind="path", check=_check_base,

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -23,8 +23,8 @@ from safetensors.torch import load, save
 from crumb.engine.data.images import crop_picture, decode_rgb, read_bytes, to_tensor
 from crumb.engine.model.load import tile_vae
 from crumb.profiles.buckets import Crop
-from crumb.profiles.dataset import Picture
 from crumb.profiles.errors import CrumbError
+from crumb.profiles.pictures import Picture
 
 CACHE_FORMAT = 1
 """Part of every key: raise it when pictures or prompts are prepared differently, and old entries are left alone."""
@@ -32,10 +32,26 @@ CACHE_FORMAT = 1
 OnProgress = Callable[[int, int], None]
 
 
-def latents_key(image_bytes_sha256: str, crop: Crop, vae_fingerprint: str, precision: str, tiled: bool = False) -> str:
+class View(NamedTuple):
+    """What of a picture is encoded, and whether it is mirrored first: a VAE is not symmetric, so latents can't be."""
+
+    picture: Picture
+    crop: Crop
+    mirrored: bool = False
+
+
+def latents_key(image_bytes_sha256: str, crop: Crop, vae_fingerprint: str, precision: str, tiled: bool = False,
+                mirrored: bool = False) -> str:
     """The name of a picture's latents. Tiling is part of it: blended tiles are not bit for bit the whole picture."""
-    parts = {"image": image_bytes_sha256, "crop": asdict(crop), "vae": vae_fingerprint}
+    parts: dict[str, Any] = {"image": image_bytes_sha256, "crop": asdict(crop), "vae": vae_fingerprint}
+    if mirrored:  # named only then, so that entries from before there was mirroring keep their names
+        parts["mirrored"] = True
     return _key(kind="latents", precision=precision, tiled=tiled, **parts)
+
+
+def mask_key(mask_bytes_sha256: str, kind: str, crop: Crop) -> str:
+    """The name of a mask at latent size; `kind` says which part of the file it is."""
+    return _key(kind="mask", mask=mask_bytes_sha256, channel=kind, crop=asdict(crop))
 
 
 def prompt_key(prompt: str, text_encoder_fingerprint: str, precision: str) -> str:
@@ -109,7 +125,7 @@ def _checksum(data: bytes) -> str:
 
 
 def cache_latents(
-    pictures_with_crops: Sequence[tuple[Picture, Crop]],
+    views: Sequence[View],
     load_vae: Callable[[], Any],
     fingerprint: str,
     precision: str,
@@ -120,7 +136,7 @@ def cache_latents(
     on_progress: OnProgress,
     device: torch.device | str,
 ) -> list[Path]:
-    """Encodes what is not cached yet; returns one entry's path per picture, in order.
+    """Encodes what is not cached yet; returns one entry's path per view, in order.
 
     An entry holds the posterior's `mean` and `std`, each (4, height / 8, width / 8) fp32 and not yet multiplied by
     the VAE's scaling factor, so a fresh sample is (mean + std * noise) * scaling_factor. `load_vae` is called only if
@@ -128,14 +144,17 @@ def cache_latents(
     picture when one has changed since the scan or its latents are not finite.
     """
     paths: list[Path] = []
-    missing: dict[Path, tuple[Picture, Crop, str]] = {}
-    for picture, crop in pictures_with_crops:
-        digest = hashlib.sha256(read_bytes(picture.path)).hexdigest()
-        path = entry_path(folder, latents_key(digest, crop, fingerprint, precision, tiled))
+    digests: dict[Path, str] = {}
+    missing: dict[Path, tuple[View, str]] = {}
+    for view in views:
+        file = view.picture.path
+        if file not in digests:
+            digests[file] = hashlib.sha256(read_bytes(file)).hexdigest()
+        path = entry_path(folder, latents_key(digests[file], view.crop, fingerprint, precision, tiled, view.mirrored))
         paths.append(path)
         if path not in missing and read_entry(path) is None:
-            missing[path] = (picture, crop, digest)
-        on_progress(len(paths) - len(missing), len(pictures_with_crops))
+            missing[path] = (view, digests[file])
+        on_progress(len(paths) - len(missing), len(views))
     if missing:
         done = len(paths) - len(missing)
         vae = load_vae().to(device)
@@ -150,11 +169,11 @@ def cache_latents(
     return paths
 
 
-def _batches(missing: Mapping[Path, tuple[Picture, Crop, str]], batch_size: int) -> list[list[tuple]]:
+def _batches(missing: Mapping[Path, tuple[View, str]], batch_size: int) -> list[list[tuple[Path, View, str]]]:
     """Pictures of one bucket per batch, larger buckets first: what doesn't fit shows at once."""
     buckets: dict[tuple[int, int], list[tuple]] = {}
-    for path, (picture, crop, digest) in missing.items():
-        buckets.setdefault((crop.width, crop.height), []).append((path, picture, crop, digest))
+    for path, (view, digest) in missing.items():
+        buckets.setdefault((view.crop.width, view.crop.height), []).append((path, view, digest))
     largest_first = sorted(buckets, key=lambda size: (-size[0] * size[1], size))
     return [
         buckets[size][start : start + batch_size]
@@ -174,9 +193,9 @@ def _prefetched(batches: list[list[tuple]]) -> Iterator[tuple[list[Path], list[P
             yield loaded
 
 
-def _load_batch(batch: list[tuple[Path, Picture, Crop, str]]) -> tuple[list[Path], list[Path], torch.Tensor]:
+def _load_batch(batch: list[tuple[Path, View, str]]) -> tuple[list[Path], list[Path], torch.Tensor]:
     pixels = []
-    for _, picture, crop, digest in batch:
+    for _, (picture, crop, mirrored), digest in batch:
         data = read_bytes(picture.path)
         image = decode_rgb(data, picture.path)
         changed = hashlib.sha256(data).hexdigest() != digest
@@ -185,8 +204,9 @@ def _load_batch(batch: list[tuple[Path, Picture, Crop, str]]) -> tuple[list[Path
                 f'The picture "{picture.path}" changed since the folder was scanned: it was {picture.width} x '
                 f"{picture.height} pixels and is {image.width} x {image.height} now. Start again to scan it anew."
             )
-        pixels.append(to_tensor(crop_picture(image, crop)))
-    return [entry[0] for entry in batch], [entry[1].path for entry in batch], torch.stack(pixels)
+        tensor = to_tensor(crop_picture(image, crop))
+        pixels.append(tensor.flip(-1) if mirrored else tensor)
+    return [path for path, _, _ in batch], [view.picture.path for _, view, _ in batch], torch.stack(pixels)
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ everything after sees 8-bit sRGB.
 """
 
 import io
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +13,9 @@ import torch
 from PIL import Image, ImageCms, ImageOps
 
 from crumb.profiles.buckets import Crop
-from crumb.profiles.dataset import open_picture
 from crumb.profiles.errors import CrumbError
+from crumb.profiles.pictures import DEEP_MODES, alpha_channel, mask_channel, open_picture
 
-_SIXTEEN_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N")
-_DEEP_MODES = (*_SIXTEEN_BIT_MODES, "I", "F")
 _SRGB = ImageCms.createProfile("sRGB")
 _MODE_OF_COLOR_SPACE = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}
 
@@ -34,10 +33,19 @@ def read_bytes(path: Path) -> bytes:
 
 def decode_rgb(data: bytes, path: Path) -> Image.Image:
     """The picture in `data` as 8-bit sRGB, upright, on white, first frame. `path` only names it in errors."""
+    return _decode(data, path, _to_srgb)
+
+
+def decode_mask(data: bytes, path: Path, kind: str) -> Image.Image:
+    """The mask in `data` as 8-bit grey, upright: the alpha channel of a picture, or the greys of a mask file."""
+    return _decode(data, path, _grey_of_alpha if kind == "alpha" else _grey_of_mask)
+
+
+def _decode(data: bytes, path: Path, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
     try:
         with open_picture(io.BytesIO(data)) as image:
             image.load()
-            return _to_srgb(_upright(image))
+            return convert(_upright(image))
     # Damaged files make Pillow's decoders raise nearly anything, from SyntaxError to struct.error.
     except Exception as error:
         raise CrumbError(
@@ -51,10 +59,10 @@ def load_rgb(path: Path) -> Image.Image:
     return decode_rgb(read_bytes(path), path)
 
 
-def crop_picture(image: Image.Image, crop: Crop) -> Image.Image:
-    """Resizes (Lanczos, which Pillow widens to the scale, so nothing aliases) and cuts the bucket out."""
+def crop_picture(image: Image.Image, crop: Crop, resampling=Image.Resampling.LANCZOS) -> Image.Image:
+    """Resizes (Pillow widens its filters to the scale, so nothing aliases) and cuts the bucket out."""
     if image.size != (crop.resized_width, crop.resized_height):
-        image = image.resize((crop.resized_width, crop.resized_height), Image.Resampling.LANCZOS)
+        image = image.resize((crop.resized_width, crop.resized_height), resampling)
     return image.crop((crop.left, crop.top, crop.left + crop.width, crop.top + crop.height))
 
 
@@ -73,7 +81,7 @@ def _upright(image: Image.Image) -> Image.Image:
 
 def _to_srgb(image: Image.Image) -> Image.Image:
     profile = image.info.get("icc_profile")
-    if image.mode in _DEEP_MODES:
+    if image.mode in DEEP_MODES:
         image = _eight_bit_grey(image)
     alpha = None
     if image.has_transparency_data:
@@ -90,6 +98,15 @@ def _to_srgb(image: Image.Image) -> Image.Image:
     on_white = Image.new("RGB", rgb.size, "white")
     on_white.paste(rgb, mask=alpha)
     return on_white
+
+
+def _grey_of_alpha(image: Image.Image) -> Image.Image:
+    return alpha_channel(image) or Image.new("L", image.size, "white")
+
+
+def _grey_of_mask(image: Image.Image) -> Image.Image:
+    grey = mask_channel(image)
+    return _eight_bit_grey(grey) if grey.mode in DEEP_MODES else grey
 
 
 def _eight_bit_grey(image: Image.Image) -> Image.Image:

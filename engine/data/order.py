@@ -1,6 +1,6 @@
-"""Which pictures form which batch at which step.
+"""Which pictures form which batch at which step, and which of them are mirrored.
 
-A pure function of seed and epoch, apart from every other random number: a resumed run needs only its step number to
+Pure functions of seed and epoch or step, apart from every other random number: a resumed run needs only its step number to
 go on with the very pictures it would have seen.
 """
 
@@ -8,6 +8,15 @@ import random
 from collections.abc import Mapping, Sequence
 
 Buckets = Mapping[tuple[int, int], Sequence[int]]
+
+
+def mirrored_views(num_pictures: int, seed: int, step: int, micro_step: int) -> list[bool]:
+    """Which pictures of one forward pass are shown mirrored, half of them in the long run, where their subset allows it.
+
+    Drawn for each picture whether it may be or not: what one subset allows must not change another's draws.
+    """
+    generator = random.Random(f"crumb mirror {seed} {step} {micro_step}")
+    return [generator.random() < 0.5 for _ in range(num_pictures)]
 
 
 def epoch_batches(buckets: Buckets, batch_size: int, seed: int, epoch: int) -> list[list[int]]:

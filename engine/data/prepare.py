@@ -6,28 +6,31 @@ After this the VAE and the text encoders have left memory; the U-Net has not yet
 import hashlib
 import json
 import logging
-from collections import defaultdict
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from crumb.engine.data.caches import OnProgress, cache_latents, cache_prompts, read_entry
+from crumb.engine.data.caches import OnProgress, View, cache_latents, cache_prompts, read_entry
+from crumb.engine.data.masks import cache_masks
 from crumb.engine.memory.placement import Placement
 from crumb.engine.model.load import load_text_encoders, load_vae
 from crumb.engine.model.text import encode_prompts
 from crumb.engine.run.events import EventWriter
 from crumb.profiles.base_model import BaseModel, fingerprint
-from crumb.profiles.buckets import Crop, steps_per_epoch
-from crumb.profiles.dataset import Picture, Scan, caption_for, held_out_indices
-from crumb.profiles.derive import plan_crops
+from crumb.profiles.buckets import Crop
+from crumb.profiles.data_rules import plan_crops
+from crumb.profiles.dataset import Scan, mask_findings, training_caption
+from crumb.profiles.epoch import Epoch, bucket_findings, hold_out, plan_epoch
 from crumb.profiles.errors import CrumbError
 from crumb.profiles.paths import cache_dir
+from crumb.profiles.pictures import Picture, mask_of
 from crumb.profiles.plan import Plan
 from crumb.profiles.sample_prompts import sample_prompts, texts_of
+from crumb.profiles.subsets import Subset, effective_subsets
 
 log = logging.getLogger("crumb")
 
@@ -44,54 +47,87 @@ class Batch:
     encoder_hidden_states: Tensor  # (B, 77, D)
     pooled: Tensor  # (B, P)
     time_ids: Tensor  # (B, 6)
+    weights: Tensor  # (B,) what each picture's loss counts
+    masks: Tensor | None = None  # (B, 1, H, W) from 0 to 1, where its loss counts; None = everywhere
 
 
 @dataclass(frozen=True, eq=False)
 class TrainingSet:
-    """What the loop trains on, all from the caches."""
+    """What the loop trains on, all from the caches. Pictures are told by their index."""
 
     pictures: list[Picture]
     crops: list[Crop]
     captions: list[str]
     latent_paths: list[Path]
     prompt_paths: dict[str, Path]
-    buckets: dict[tuple[int, int], list[int]]
+    epoch: Epoch
     held_out: list[int]
-    """Indices of pictures that are measured and never trained on; in no bucket."""
+    """Pictures that are measured and never trained on; in no bucket."""
     base_sha256: str
+    subsets: list[Subset] = field(default_factory=list)
+    mirrored_paths: dict[int, Path] = field(default_factory=dict)
+    """Latents of the mirrored picture, where it may be shown mirrored."""
+    mask_paths: dict[int, Path] = field(default_factory=dict)
+
+    @property
+    def regularization(self) -> list[int]:
+        """Pictures of what must not be forgotten."""
+        return [index for index, picture in enumerate(self.pictures) if self.subsets[picture.subset].regularization]
 
     @property
     def trained(self) -> list[int]:
-        """Indices of the pictures that are trained on."""
-        return [index for index in range(len(self.pictures)) if index not in self.held_out]
+        """Pictures of what is taught, without the held-out ones."""
+        apart = {*self.held_out, *self.regularization}
+        return [index for index in range(len(self.pictures)) if index not in apart]
 
     def num_batches(self, batch_size: int) -> int:
         """Batches in one epoch."""
-        return steps_per_epoch({size: len(indices) for size, indices in self.buckets.items()}, batch_size)
+        return self.epoch.num_batches(batch_size)
 
     def digest(self) -> str:
-        """Of everything that the batches are made of: cache names are hashes of pictures, crops, VAE and prompts."""
-        content = [[path.name for path in self.latent_paths], self.captions, sorted(self.buckets.items())]
+        """Of everything that the batches are made of: cache names are hashes of pictures, crops, VAE, masks and prompts."""
+        regularization = [(size, rotation.views, rotation.num_views) for size, rotation in self.epoch.regularization.items()]
+        further = [sorted((index, path.name) for index, path in paths.items())
+                   for paths in (self.mirrored_paths, self.mask_paths)]
+        weights = [self.subsets[picture.subset].loss_weight for picture in self.pictures]
+        content = [[path.name for path in self.latent_paths], self.captions, sorted(self.epoch.trained.items()),
+                   sorted(regularization), *further, weights]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
-    def batch(self, indices: list[int]) -> Batch:
-        latents = [load_entry(self.latent_paths[index]) for index in indices]
+    def batch(self, indices: list[int], mirrored: Sequence[bool] = ()) -> Batch:
+        """The pictures as tensors; those that `mirrored` says and that may be, mirrored."""
+        shown_mirrored = [wanted and index in self.mirrored_paths
+                          for index, wanted in zip(indices, mirrored or [False] * len(indices))]
+        latents = [load_entry(self.mirrored_paths[index] if flipped else self.latent_paths[index])
+                   for index, flipped in zip(indices, shown_mirrored)]
         prompts = [load_entry(self.prompt_paths[self.captions[index]]) for index in indices]
         return Batch(
             latent_mean=torch.stack([entry["mean"] for entry in latents]),
             latent_std=torch.stack([entry["std"] for entry in latents]),
             encoder_hidden_states=torch.stack([entry["encoder_hidden_states"] for entry in prompts]),
             pooled=torch.stack([entry["pooled"] for entry in prompts]),
-            time_ids=torch.tensor([time_ids(self.pictures[index], self.crops[index]) for index in indices]),
+            time_ids=torch.tensor([time_ids(self.pictures[index], self.crops[index], flipped)
+                                   for index, flipped in zip(indices, shown_mirrored)]),
+            weights=torch.tensor([self.subsets[self.pictures[index].subset].loss_weight for index in indices]),
+            masks=self._masks(indices, shown_mirrored, latents[0]["mean"].shape[-2:]),
         )
 
+    def _masks(self, indices: list[int], mirrored: Sequence[bool], size: torch.Size) -> Tensor | None:
+        if not any(index in self.mask_paths for index in indices):
+            return None
+        whole = torch.ones(1, *size)
+        masks = [load_entry(self.mask_paths[index])["mask"] if index in self.mask_paths else whole for index in indices]
+        return torch.stack([mask.flip(-1) if flipped else mask for mask, flipped in zip(masks, mirrored)])
 
-def time_ids(picture: Picture, crop: Crop) -> list[float]:
+
+def time_ids(picture: Picture, crop: Crop, mirrored: bool = False) -> list[float]:
     """SDXL's size conditioning: original height and width, crop top and left, target height and width.
 
-    (Podell et al. 2023, section 2.2; the crop is measured in the resized picture.)
+    (Podell et al. 2023, section 2.2; the crop is measured in the resized picture.) Of a mirrored picture, what is cut off
+    on its right counts as left: as if it were mirrored first and cropped then, which diffusers' script for SDXL does.
     """
-    return [float(value) for value in (picture.height, picture.width, crop.top, crop.left, crop.height, crop.width)]
+    left = crop.resized_width - crop.left - crop.width if mirrored else crop.left
+    return [float(value) for value in (picture.height, picture.width, crop.top, left, crop.height, crop.width)]
 
 
 def prepare(plan: Plan, base: BaseModel, scan: Scan, placement: Placement, events: EventWriter,
@@ -100,20 +136,29 @@ def prepare(plan: Plan, base: BaseModel, scan: Scan, placement: Placement, event
 
     `progress` gives each phase its callback.
     """
+    subsets = effective_subsets(plan)
     crops = plan_crops(scan.pictures, plan.resolution, plan.buckets, plan.upscale)
-    captions = [caption_for(picture, plan.trigger, plan.class_word) for picture in scan.pictures]
-    _report_pictures(plan, scan, crops, events)
+    held_out = hold_out(scan.pictures, subsets, plan.held_out_pictures, plan.seed)
+    epoch = plan_epoch(scan.pictures, subsets, crops, held_out)
+    captions = [training_caption(picture, subsets[picture.subset]) for picture in scan.pictures]
+    _report_findings(plan, scan, subsets, epoch, events)
+    _report_pictures(scan.pictures, crops, subsets, events)
     events.emit("phase", phase="hash")
     base_sha256 = fingerprint(base.path, progress("hash"))
-    vae_path = Path(plan.vae) if plan.vae else None
-    vae_sha256 = fingerprint(vae_path) if vae_path else base_sha256
     precision = str(placement.encoder_dtype)
 
     events.emit("phase", phase="cache latents")
-    latent_paths = cache_latents(
-        list(zip(scan.pictures, crops)),
+    masks = {index: (mask, crop) for index, (picture, crop) in enumerate(zip(scan.pictures, crops))
+             if (mask := mask_of(picture, subsets[picture.subset].masked_loss))}
+    mask_paths = cache_masks(masks, cache_dir() / "masks", progress("cache latents"))
+    views = [View(picture, crop) for picture, crop in zip(scan.pictures, crops)]
+    mirrored = [index for index, picture in enumerate(scan.pictures)
+                if subsets[picture.subset].flip and index not in held_out]
+    vae_path = Path(plan.vae) if plan.vae else None
+    paths = cache_latents(
+        views + [views[index]._replace(mirrored=True) for index in mirrored],
         lambda: load_vae(base, vae_path, placement.encoder_dtype, placement.device),
-        vae_sha256, precision, cache_dir() / "latents",
+        fingerprint(vae_path) if vae_path else base_sha256, precision, cache_dir() / "latents",
         tiled=plan.vae_tiling, on_progress=progress("cache latents"), device=placement.device,
     )
     events.emit("phase", phase="cache captions")
@@ -123,12 +168,8 @@ def prepare(plan: Plan, base: BaseModel, scan: Scan, placement: Placement, event
         encode_prompts, base_sha256, precision, cache_dir() / "prompts",
         on_progress=progress("cache captions"),
     )
-    buckets = defaultdict(list)
-    held_out = held_out_indices(len(scan.pictures), plan.held_out_pictures, plan.seed)
-    for index, (picture, crop) in enumerate(zip(scan.pictures, crops)):
-        if index not in held_out:
-            buckets[crop.width, crop.height] += [index] * (picture.repeats * plan.repeats)
-    return TrainingSet(scan.pictures, crops, captions, latent_paths, prompt_paths, dict(buckets), held_out, base_sha256)
+    return TrainingSet(scan.pictures, crops, captions, paths[: len(views)], prompt_paths, epoch, held_out, base_sha256, subsets,
+                       dict(zip(mirrored, paths[len(views):])), mask_paths)
 
 
 @lru_cache(NUM_ENTRIES_IN_MEMORY)
@@ -141,14 +182,22 @@ def load_entry(path: Path) -> dict[str, Tensor]:
     return entry
 
 
-def _report_pictures(plan: Plan, scan: Scan, crops: list[Crop], events: EventWriter) -> None:
-    for problem in scan.problems:
-        events.emit("warning", text=f"{problem.path.name}: {problem.text}")
-    for picture, crop in zip(scan.pictures, crops):
+def _report_findings(plan: Plan, scan: Scan, subsets: list[Subset], epoch: Epoch, events: EventWriter) -> None:
+    texts = [f"{problem.path.name}: {problem.text}" for problem in scan.problems]
+    texts += bucket_findings(scan.pictures, epoch, plan.batch_size) + mask_findings(scan.pictures, subsets)
+    for text in texts:
+        events.emit("warning", text=text)
+
+
+def _report_pictures(pictures: list[Picture], crops: list[Crop], subsets: list[Subset], events: EventWriter) -> None:
+    for picture, crop in zip(pictures, crops):
+        subset = subsets[picture.subset]
+        mask = mask_of(picture, subset.masked_loss)
         events.emit("picture", path=str(picture.path), size=[picture.width, picture.height],
                     bucket=[crop.width, crop.height], resized=[crop.resized_width, crop.resized_height],
                     crop=[crop.left, crop.top], cropped_share=round(crop.cropped_share, 4),
-                    repeats=picture.repeats * plan.repeats)
+                    repeats=picture.repeats * subset.repeats, regularization=subset.regularization, flip=subset.flip,
+                    mask=str(mask.path) if mask else None, loss_weight=subset.loss_weight)
         log.info("%s: %dx%d -> bucket %dx%d, resized to %dx%d, cut at left %d top %d, %.1f %% cut away", picture.path,
                  picture.width, picture.height, crop.width, crop.height, crop.resized_width, crop.resized_height,
                  crop.left, crop.top, 100 * crop.cropped_share)

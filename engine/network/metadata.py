@@ -10,19 +10,22 @@ from datetime import datetime
 from pathlib import Path
 
 from crumb.profiles.buckets import Crop
-from crumb.profiles.dataset import Picture
+from crumb.profiles.pictures import Picture
 from crumb.profiles.plan import Plan
+from crumb.profiles.subsets import Subset, effective_subsets
 
 
 def lora_metadata(plan: Plan, base_sha256: str, pictures: list[Picture], crops: list[Crop], captions: list[str],
                   step: int) -> dict[str, str]:
-    """All keys of a LoRA file but its hash. `step` is the last finished one."""
+    """All keys of a LoRA file but its hash. `step` is the last finished one; `pictures` are all but the held-out ones."""
     created = datetime.fromisoformat(plan.created)
-    num_views = sum(picture.repeats * plan.repeats for picture in pictures)
+    data = _kohya_data(plan, pictures, crops, captions)
+    # As many views of regularization pictures, however many there are.
+    num_views = data["ss_num_train_images"] * (2 if data["ss_num_reg_images"] else 1)
     epoch = step * plan.batch_size * plan.gradient_accumulation_steps / max(1, num_views)
     fields = {
         **_kohya_network(plan),
-        **_kohya_data(plan, pictures, crops, captions),
+        **data,
         "ss_output_name": plan.name,
         "ss_sd_model_name": Path(plan.base_model).name,
         "ss_new_sd_model_hash": base_sha256,
@@ -87,26 +90,45 @@ def _kohya_network(plan: Plan) -> dict:
 
 
 def _kohya_data(plan: Plan, pictures: list[Picture], crops: list[Crop], captions: list[str]) -> dict:
+    subsets = effective_subsets(plan)
     sizes = Counter((crop.width, crop.height) for crop in crops)
-    folders: dict[str, list[tuple[Picture, str]]] = {}
-    for picture, caption in zip(pictures, captions):
-        name = picture.path.parent.name if picture.repeats > 1 else Path(plan.images).name
-        folders.setdefault(f"{picture.repeats * plan.repeats}_{re.sub(r'^[0-9]+_', '', name)}", []).append((picture, caption))
     buckets = {str(index): {"resolution": list(size), "count": count}
                for index, (size, count) in enumerate(sorted(sizes.items()))}
     errors = [abs(p.width / p.height - crop.width / crop.height) for p, crop in zip(pictures, crops)]
-    tags = {folder: dict(Counter(tag.strip() for _, caption in members for tag in caption.split(",") if tag.strip()))
-            for folder, members in folders.items()}
+    taught, regularizing = ([(picture, caption) for picture, caption in zip(pictures, captions)
+                             if subsets[picture.subset].regularization == wanted] for wanted in (False, True))
     return {
-        "ss_num_train_images": sum(picture.repeats * plan.repeats for picture in pictures),
-        "ss_num_reg_images": 0,
+        "ss_num_train_images": sum(_repeats(picture, subsets) for picture, _ in taught),
+        "ss_num_reg_images": sum(_repeats(picture, subsets) for picture, _ in regularizing),
+        "ss_prior_loss_weight": plan.prior_loss_weight,
+        "ss_flip_aug": any(subset.flip for subset in subsets),
         "ss_batch_size_per_device": plan.batch_size,
         "ss_total_batch_size": plan.batch_size * plan.gradient_accumulation_steps,
         "ss_resolution": f"({plan.resolution}, {plan.resolution})",
         "ss_enable_bucket": plan.buckets,
         "ss_bucket_info": {"buckets": buckets, "mean_img_ar_error": sum(errors) / len(errors)},
-        "ss_dataset_dirs": {name: {"n_repeats": members[0][0].repeats * plan.repeats, "img_count": len(members)}
-                            for name, members in folders.items()},
-        "ss_tag_frequency": tags,
-        "ss_reg_dataset_dirs": {},
+        "ss_dataset_dirs": _folders(taught, subsets),
+        "ss_reg_dataset_dirs": _folders(regularizing, subsets),
+        "ss_tag_frequency": {
+            folder: dict(Counter(tag.strip() for picture, caption in taught if _folder_name(picture, subsets) == folder
+                                 for tag in caption.split(",") if tag.strip()))
+            for folder in _folders(taught, subsets)},
     }
+
+
+def _folders(members: list[tuple[Picture, str]], subsets: list[Subset]) -> dict[str, dict[str, int]]:
+    folders: dict[str, dict[str, int]] = {}
+    for picture, _ in members:
+        folder = folders.setdefault(_folder_name(picture, subsets), {"n_repeats": _repeats(picture, subsets), "img_count": 0})
+        folder["img_count"] += 1
+    return folders
+
+
+def _folder_name(picture: Picture, subsets: list[Subset]) -> str:
+    """`10_cat`, as kohya's tools expect: the repeats, then the folder's own name."""
+    name = picture.path.parent.name if picture.repeats > 1 else Path(subsets[picture.subset].images).name
+    return f"{_repeats(picture, subsets)}_{re.sub(r'^[0-9]+_', '', name)}"
+
+
+def _repeats(picture: Picture, subsets: list[Subset]) -> int:
+    return picture.repeats * subsets[picture.subset].repeats

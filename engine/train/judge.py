@@ -40,7 +40,8 @@ def mean_loss(unet, training_set: TrainingSet, indices: list[int], plan: Plan, p
         generator = step_generator(plan.seed, index, -2)
         for start in range(0, len(TIMESTEPS), plan.batch_size):
             timesteps = torch.tensor(TIMESTEPS[start:start + plan.batch_size])
-            batch = training_set.batch([index] * len(timesteps))
+            # Whole pictures, whatever is trained of them: a mask's own loss would not tell what becomes of the rest.
+            batch = replace(training_set.batch([index] * len(timesteps)), masks=None)
             latents = batch.latent_mean * scaling_factor
             noise = torch.randn(latents.shape, generator=generator)
             noisy_latents = add_noise(latents, noise, timesteps, schedule)

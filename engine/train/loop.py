@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from crumb.engine.data.order import epoch_batches
+from crumb.engine.data.order import epoch_batches, mirrored_views
 from crumb.engine.data.prepare import TrainingSet
 from crumb.engine.memory.placement import Placement
 from crumb.engine.network.lora import Network
@@ -81,11 +81,13 @@ class Trainer:
         for micro_step in range(plan.gradient_accumulation_steps):
             started = time.perf_counter()
             indices = self._batch_indices(step * plan.gradient_accumulation_steps + micro_step)
-            batch = self.training_set.batch(indices)
+            batch = self.training_set.batch(indices, mirrored_views(len(indices), plan.seed, step, micro_step))
             generator = step_generator(plan.seed, step, micro_step)
             noisy_latents, target, timesteps = draw(batch, plan, self.schedule, self.scaling_factor, generator)
             data_wait_s += time.perf_counter() - started
-            loss = forward_loss(self.unet, batch, noisy_latents, target, timesteps, self.schedule, plan, self.placement).mean()
+            losses = forward_loss(self.unet, batch, noisy_latents, target, timesteps, self.schedule, plan, self.placement)
+            # Over the number of pictures, not over their weights (as sd-scripts): one of weight 0.1 counts a tenth of another.
+            loss = (losses * batch.weights.to(losses.device)).mean()
             self.scaler.scale(loss / plan.gradient_accumulation_steps).backward()
             loss_sum += loss.item()
             num_pictures += len(indices)
@@ -132,7 +134,7 @@ class Trainer:
 
 @lru_cache(2)
 def _epoch_order(training_set: TrainingSet, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
-    return epoch_batches(training_set.buckets, batch_size, seed, epoch)
+    return epoch_batches(training_set.epoch.buckets(epoch), batch_size, seed, epoch)
 
 
 def _finite(value: float) -> float | None:

@@ -15,14 +15,28 @@ MAX_DEBIASED_SNR = 1000.0
 """Debiased weights fall with the signal-to-noise ratio; beyond this they stay."""
 
 
-def diffusion_loss(model_pred: Tensor, target: Tensor, timesteps: Tensor, schedule: Tensor, plan: Plan) -> Tensor:
+def diffusion_loss(model_pred: Tensor, target: Tensor, timesteps: Tensor, schedule: Tensor, plan: Plan,
+                   masks: Tensor | None = None) -> Tensor:
     """The loss of each picture, (B,) fp32. `model_pred` and `target` (B, C, H, W); `timesteps` and `schedule` on the CPU."""
     snr = signal_to_noise(schedule)[timesteps]
     c = huber_c(plan.huber_c, plan.huber_schedule, timesteps, snr).to(model_pred.device)
-    per_picture = distance(model_pred.float(), target.float(), plan.loss_type, c).flatten(1).mean(1)
+    distances = distance(model_pred.float(), target.float(), plan.loss_type, c)
+    if masks is not None:
+        distances = distances * mask_weights(masks.to(distances.device), plan.mask_floor)
+    per_picture = distances.flatten(1).mean(1)
     if plan.loss_weighting == "none":
         return per_picture
     return per_picture * loss_weights(snr, plan).to(per_picture.device)
+
+
+def mask_weights(masks: Tensor, floor: float) -> Tensor:
+    """What each place counts: from `floor` where the mask is black to 1 where it is white, over the picture's mean.
+
+    Divided by that mean, a small subject learns as fast as one that fills the frame. ai-toolkit does the same over a whole
+    batch, OneTrainer where one asks for it, sd-scripts does not: there a mask of a tenth gives a tenth of the gradient.
+    """
+    weights = floor + (1 - floor) * masks
+    return weights / weights.mean(dim=(1, 2, 3), keepdim=True)
 
 
 def signal_to_noise(schedule: Tensor) -> Tensor:

@@ -38,4 +38,4 @@ def forward_loss(unet, batch: Batch, noisy_latents: Tensor, target: Tensor, time
         },
         return_dict=False,
     )[0]
-    return diffusion_loss(model_pred, target.to(device), timesteps, schedule, plan)
+    return diffusion_loss(model_pred, target.to(device), timesteps, schedule, plan, batch.masks)

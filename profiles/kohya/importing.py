@@ -8,14 +8,17 @@ from typing import Any
 
 from crumb.profiles.answers import Answers
 from crumb.profiles.base_model import inspect_base_model
-from crumb.profiles.dataset import Scan, held_out_indices
-from crumb.profiles.derive import Derived, batches_per_epoch
+from crumb.profiles.data_rules import plan_crops
+from crumb.profiles.dataset import Scan
+from crumb.profiles.derivation import Derived
+from crumb.profiles.epoch import hold_out, plan_epoch
 from crumb.profiles.errors import RequestError
 from crumb.profiles.hardware import resolve_gpu
 from crumb.profiles.interview import ANSWERED, Interview, check_override, conclude
 from crumb.profiles.kohya.table import FOREIGN_KEYS, KNOWN_KEYS, TABLE, Left, Row
 from crumb.profiles.kohya.values import KohyaFile, Later, Length, Untaken, is_neutral
 from crumb.profiles.plan import plan_fields
+from crumb.profiles.subsets import effective_subsets
 
 ANSWERS = {"base_model": "base", "vae": "vae", "prediction_type": "prediction", "images": "images", "class_word": "class_word",
            "name": "name"}
@@ -226,7 +229,7 @@ def conclude_import(translation: Translation, answers: Answers, scan: Scan) -> I
         interview = conclude(answers, scan)
         later = {name: value for name, value in translation.overrides.items() if isinstance(value, Later)}
         if later:
-            length = _length(interview, scan)
+            length = _length(interview)
             for name, value in later.items():
                 translation.overrides[name] = answers.overrides[name] = check_override(name, value.of(length))
             interview = conclude(answers, scan)
@@ -251,9 +254,8 @@ def _fit_precision(translation: Translation, answers: Answers) -> None:
         answers.overrides.pop("mixed_precision")
 
 
-def _length(interview: Interview, scan: Scan) -> Length:
-    plan = interview.plan
-    held_out = set(held_out_indices(len(scan.pictures), plan.held_out_pictures, plan.seed))
-    pictures = [picture for index, picture in enumerate(scan.pictures) if index not in held_out]
-    batches = batches_per_epoch(pictures, plan.repeats, plan.resolution, plan.buckets, plan.upscale, plan.batch_size)
-    return Length(plan.steps, batches / plan.gradient_accumulation_steps, len(scan.pictures))
+def _length(interview: Interview) -> Length:
+    plan, pictures, subsets = interview.plan, interview.scan.pictures, effective_subsets(interview.plan)
+    crops = plan_crops(pictures, plan.resolution, plan.buckets, plan.upscale)
+    epoch = plan_epoch(pictures, subsets, crops, hold_out(pictures, subsets, plan.held_out_pictures, plan.seed))
+    return Length(plan.steps, epoch.num_batches(plan.batch_size) / plan.gradient_accumulation_steps, len(pictures))

@@ -16,7 +16,9 @@ from crumb.engine.train.noise import alphas_cumprod
 from crumb.engine.train.optimizer import make_optimizer
 from crumb.profiles.base_model import inspect_base_model
 from crumb.profiles.buckets import assign
-from crumb.profiles.dataset import Picture
+from crumb.profiles.epoch import Epoch
+from crumb.profiles.pictures import Picture
+from crumb.profiles.subsets import Subset
 
 NUM_PICTURES = 4
 
@@ -49,4 +51,5 @@ def training_set(folder: Path) -> TrainingSet:
                                                   "pooled": torch.randn(64, generator=generator)})
     pictures = [Picture(Path(f"{index}.png"), 128, 128, 1, f"caption {index}", None) for index in range(NUM_PICTURES)]
     return TrainingSet(pictures, [assign(128, 128, 128)] * NUM_PICTURES, list(prompts), latents, prompts,
-                       {(128, 128): list(range(NUM_PICTURES))}, [], "base")
+                       Epoch({(128, 128): list(range(NUM_PICTURES))}), [], "base",
+                       [Subset(images="p", repeats=1, trigger="", class_word="", flip=False, masked_loss="off")])

@@ -42,7 +42,7 @@ def random_batch(generator):
     def random(*size):
         return torch.randn(*size, generator=generator)
     batch = Batch(random(2, 4, 16, 8), torch.zeros(2, 4, 16, 8), random(2, 77, 128), random(2, 64),
-                  torch.tensor([[700.0, 512.0, 0, 3, 128, 64], [300.0, 301.0, 5, 0, 128, 64]]))
+                  torch.tensor([[700.0, 512.0, 0, 3, 128, 64], [300.0, 301.0, 5, 0, 128, 64]]), torch.ones(2))
     return batch, random(2, 4, 16, 8), torch.tensor([17, 912])
 
 

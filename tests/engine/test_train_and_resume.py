@@ -14,6 +14,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -248,6 +249,56 @@ def test_a_run_goes_on_from_a_lora_file(plan, straight, tmp_path):
     again.write_text(text.replace(str(straight.result), str(tmp_path / "none.safetensors")))
     refused = crumb("train", again, "--plain", CRUMB_RUNS=str(tmp_path / "other"))
     assert refused.returncode == 2 and "none.safetensors" in refused.stderr
+
+
+@pytest.fixture(scope="module")
+def rich_plan(tiny_base, photographs, tmp_path_factory) -> Path:
+    """Mirrored views, alpha masks, a subset and regularization pictures, all at once."""
+    folder = tmp_path_factory.mktemp("rich")
+    for name in ("own", "more", "reg"):
+        (folder / name).mkdir()
+    for place, file in zip(("own", "own", "own", "more", "reg", "reg"), sorted(photographs.glob("*.jpg"))):
+        image = Image.open(file).convert("RGBA")
+        image.putalpha(Image.linear_gradient("L").resize(image.size))
+        image.save(folder / place / f"{file.stem}.png")
+        shutil.copy(file.with_suffix(".txt"), folder / place)
+    done = crumb("plan", "--images", folder / "own", "--base", tiny_base, *COMMON, "--flip", "--set", "masked_loss=alpha",
+                 "--subset", f"images={folder / 'more'},repeats=2,loss_weight=0.5,masked_loss=off",
+                 "--set", f"regularization={folder / 'reg'}", "--set", "prior_loss_weight=0.25", "--set", "save_every=5",
+                 "--set", "steps=12", "--out", folder / "plan.toml")
+    assert done.returncode == 0, done.stderr
+    return folder / "plan.toml"
+
+
+def test_flips_masks_and_regularization_resume_to_the_same_bytes_and_nothing_else(rich_plan, tmp_path):
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    done = crumb("train", rich_plan, "--plain", CRUMB_RUNS=str(straight))
+    assert done.returncode == 0, done.stdout + done.stderr
+    events = read_events(straight / "crumbtest" / "events.jsonl")[0]
+    (numbers,) = [event for event in events if event["type"] == "numbers"]
+    assert (numbers["num_pictures"], numbers["num_regularization"]) == (4, 2)
+    metadata = safe_open(straight / "crumbtest" / "crumbtest.safetensors", "pt").metadata()
+    assert list(json.loads(metadata["ss_reg_dataset_dirs"])) == ["1_reg"] and metadata["ss_prior_loss_weight"] == "0.25"
+
+    process = subprocess.Popen([sys.executable, "-P", "-m", "crumb.wizard", "train", str(rich_plan), "--plain"],
+                               env=os.environ | {"CRUMB_RUNS": str(stopped)}, stdout=subprocess.DEVNULL)
+    run = RunDirectory(stopped / "crumbtest")
+    wait_for(lambda: any(event["type"] == "step" and event["step"] >= 3 for event in read_events(run.events)[0]))
+    crumb("stop", "crumbtest", CRUMB_RUNS=str(stopped))
+    assert process.wait(60) == 3
+    good = run.plan.read_text()
+    for old, new, word in [("flip = true", "flip = false", "plan.toml"), ("mask_floor = 0.0", "mask_floor = 0.5", "plan.toml"),
+                           ("loss_weight = 0.5", "loss_weight = 0.6", "plan.toml"), ('/reg"', '/more"', "another of the")]:
+        assert old in good
+        run.plan.write_text(good.replace(old, new))
+        refused = crumb("resume", "crumbtest", "--plain", CRUMB_RUNS=str(stopped))
+        assert refused.returncode == 2 and word in refused.stdout + refused.stderr, (new, refused.stdout, refused.stderr)
+    moved = rich_plan.parent.with_name("moved")
+    shutil.copytree(rich_plan.parent, moved)
+    run.plan.write_text(good.replace(str(rich_plan.parent), str(moved)))
+    resumed = crumb("resume", "crumbtest", "--plain", CRUMB_RUNS=str(stopped))
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    assert run.result.read_bytes() == (straight / "crumbtest" / "crumbtest.safetensors").read_bytes()
 
 
 def wait_for(condition, timeout_s: float = 90.0) -> None:

@@ -10,8 +10,10 @@ import zlib
 import pytest
 from PIL import Image, features
 
-from crumb.profiles.dataset import Picture, caption_for, scan_pictures
+from crumb.profiles.dataset import caption_for, mask_findings, scan_pictures, scan_subsets
 from crumb.profiles.errors import RequestError
+from crumb.profiles.pictures import Picture, mask_of
+from crumb.profiles.subsets import Subset
 
 
 def save(path, size=(96, 80), mode="RGB", **options):
@@ -174,6 +176,120 @@ def test_wrong_folders_are_request_errors(tmp_path):
 )
 def test_caption_for(tmp_path, caption, trigger, class_word, expected):
     assert caption_for(Picture(tmp_path, 64, 64, 1, caption, None), trigger, class_word) == expected
+
+
+def masks_by_name(scan):
+    return {picture.path.name: {mask.kind: mask.fault for mask in picture.masks} for picture in scan.pictures}
+
+
+def test_masks_are_found_and_are_no_pictures(tmp_path):
+    for name in ("plain.png", "masked.jpg", "black.png", "other shape.png", "broken.png", "both.png", "half size.png"):
+        save(tmp_path / name, size=(100, 200))
+    Image.merge("LA", [Image.effect_noise((100, 200), 90)] * 2).save(tmp_path / "both.png")
+    save(tmp_path / "masked-masklabel.png", size=(100, 200), mode="L")
+    save(tmp_path / "both-MASKLABEL.PNG", size=(100, 200), mode="RGB")
+    save(tmp_path / "other shape-masklabel.png", size=(200, 100), mode="L")
+    save(tmp_path / "half size-masklabel.png", size=(50, 99), mode="1")
+    Image.new("I;16", (100, 200)).save(tmp_path / "black-masklabel.png")
+    (tmp_path / "broken-masklabel.png").write_bytes(b"no")
+    save(tmp_path / "nobody-masklabel.png", size=(100, 200), mode="L")
+    scan = scan_pictures(tmp_path)
+    masks = masks_by_name(scan)
+    assert masks["plain.png"] == {} and masks["masked.jpg"] == {"files": ""} and masks["half size.png"] == {"files": ""}
+    assert set(masks["both.png"]) == {"alpha", "files"}
+    assert "black all over" in masks["black.png"]["files"] and "can't be used" in masks["broken.png"]["files"]
+    assert "200 x 100" in masks["other shape.png"]["files"]
+    assert len(masks) == 7 and {name: problem.fatal for name, problem in problems_by_name(scan).items()} == {
+        "nobody-masklabel.png": False}, "faults of masks are no problems until masks are asked for"
+
+
+def test_alpha_is_a_mask_only_where_something_is_transparent(tmp_path):
+    alpha = Image.new("L", (100, 100), 255)
+    alpha.paste(0, (0, 0, 50, 100))
+    for name, channel in {"half": alpha, "solid": Image.new("L", (100, 100), 255), "clear": Image.new("L", (100, 100))}.items():
+        image = Image.new("RGB", (100, 100), "red")
+        image.putalpha(channel)
+        image.save(tmp_path / f"{name}.png")
+    indexed = Image.new("P", (100, 100))
+    indexed.paste(1, (0, 0, 50, 100))
+    indexed.putpalette([200, 0, 0, 0, 150, 0])
+    indexed.save(tmp_path / "one clear color.png", transparency=1)
+    save(tmp_path / "photo.jpg")
+    masks = masks_by_name(scan_pictures(tmp_path))
+    assert masks["half.png"] == masks["one clear color.png"] == {"alpha": ""}
+    assert masks["solid.png"] == masks["photo.jpg"] == {} and "transparent all over" in masks["clear.png"]["alpha"]
+
+
+def subset(images, **settings):
+    plain = {"repeats": 1, "trigger": "", "class_word": "", "flip": False, "masked_loss": "off"}
+    return Subset(images=str(images), **plain | settings)
+
+
+def test_a_mask_that_cannot_be_used_refuses_its_picture_when_masks_are_wanted(tmp_path):
+    for name in ("good.png", "bad.png", "bare.png"):
+        save(tmp_path / name)
+    save(tmp_path / "good-masklabel.png", mode="L")
+    Image.new("L", (96, 80)).save(tmp_path / "bad-masklabel.png")
+    scan = scan_subsets([subset(tmp_path)])
+    assert len(scan.pictures) == 3 and not scan.problems and not mask_findings(scan.pictures, [subset(tmp_path)])
+    masked = [subset(tmp_path, masked_loss="files")]
+    scan = scan_subsets(masked, scan)
+    assert [picture.path.name for picture in scan.pictures] == ["bare.png", "good.png"]
+    (problem,) = scan.problems
+    assert problem.fatal and problem.path.name == "bad-masklabel.png" and "black all over" in problem.text
+    (finding,) = mask_findings(scan.pictures, masked)
+    assert "1 of 2" in finding and "bare.png" in finding and "trained whole" in finding
+    assert mask_of(scan.pictures[1], "files").path.name == "good-masklabel.png"
+    assert len(mask_findings(scan.pictures, [subset(tmp_path, masked_loss="alpha")])) == 1
+
+
+def test_several_folders_are_one_set_and_shared_files_count_once(tmp_path):
+    own, reg, inner = tmp_path / "own", tmp_path / "reg", tmp_path / "own" / "2_faces"
+    for path in (own / "b.png", own / "a.png", inner / "c.png", reg / "d.png", reg / "e.png"):
+        save(path)
+    (reg / "same as a.png").symlink_to(own / "a.png")
+    (own / "cut.png").write_bytes(b"no")
+    (inner / "cut.png").write_bytes(b"no")
+    subsets = [subset(own), subset(inner, repeats=5), subset(reg, regularization=True)]
+    seen = []
+    scan = scan_subsets(subsets, on_progress=lambda done, total: seen.append((done, total)))
+    told = [(picture.path.name, picture.subset, picture.repeats) for picture in scan.pictures]
+    assert told == [("a.png", 0, 1), ("b.png", 0, 1), ("c.png", 1, 1), ("d.png", 2, 1), ("e.png", 2, 1)]
+    assert scan.folder == own and [part.folder for part in scan.parts] == [own, inner, reg]
+    assert seen == sorted(seen)
+    texts = [(problem.path.name, problem.fatal) for problem in scan.problems]
+    assert sorted(texts) == [("cut.png", True), ("cut.png", True), ("own", False)], "broken files and the overlap are told once"
+    assert "2 of its pictures" in next(problem.text for problem in scan.problems if not problem.fatal)
+
+
+def test_known_folders_are_not_read_again_and_others_are(tmp_path):
+    own, more = tmp_path / "own", tmp_path / "more"
+    save(own / "a.png")
+    save(more / "b.png")
+    known = scan_pictures(own)
+    (own / "a.png").unlink()
+    both = scan_subsets([subset(own), subset(more)], known)
+    assert [picture.path.name for picture in both.pictures] == ["a.png", "b.png"]
+    (more / "b.png").unlink()
+    assert len(scan_subsets([subset(own), subset(more)], both).pictures) == 2
+    with pytest.raises(RequestError, match="no picture"):
+        scan_subsets([subset(own), subset(more)], known)
+
+
+def test_folders_that_add_nothing_are_refused(tmp_path):
+    save(tmp_path / "own" / "a.png")
+    (tmp_path / "empty").mkdir()
+    for further, words in [(tmp_path / "own", "another of the folders"), (tmp_path / "empty", "no picture"),
+                           (tmp_path / "nowhere", "no folder")]:
+        with pytest.raises(RequestError, match=words):
+            scan_subsets([subset(tmp_path / "own"), subset(further, regularization=True)])
+    # A folder whose pictures all lie in folders within it: they are those of the inner ones.
+    save(tmp_path / "outer" / "in" / "b.png")
+    scan = scan_subsets([subset(tmp_path / "outer"), subset(tmp_path / "outer" / "in")])
+    assert [picture.subset for picture in scan.pictures] == [1]
+    with pytest.raises(RequestError, match="black all over"):
+        Image.new("L", (96, 80)).save(tmp_path / "own" / "a-masklabel.png")
+        scan_subsets([subset(tmp_path / "own", masked_loss="files")])
 
 
 def test_importing_needs_neither_torch_nor_pillow():

@@ -1,5 +1,6 @@
 """Derived values against the guide's rules, written from the guide by hand."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,9 +9,10 @@ from hypothesis import strategies as st
 
 from crumb.profiles.answers import SUBJECTS, Answers
 from crumb.profiles.base_model import BaseModel
-from crumb.profiles.dataset import Picture, Scan
+from crumb.profiles.dataset import Scan
 from crumb.profiles.derive import derive
 from crumb.profiles.hardware import resolve_gpu
+from crumb.profiles.pictures import Mask, Picture
 from crumb.profiles.plan import OPTIMIZERS, Plan, plan_fields
 
 BASE = BaseModel(Path("sdxl.safetensors"), "single_file", "fp16", "epsilon", "", False, True, 2_567_463_684, 1024)
@@ -98,6 +100,60 @@ def test_arithmetic_is_shown_and_right():
     steps = derived("RTX 3070", num_pictures=24).values["steps"]
     assert steps.value == 24 * 10 * 10
     assert "24 pictures x 10 repeats / batch 1 = 240 batches per epoch x 10 epochs = 2400" in steps.reason
+
+
+def with_further(num_own: int, num_further: int, overrides: dict, caption="a photo", **changes):
+    """A plan for 24 GiB whose further folder, subset 1, holds `num_further` pictures."""
+    further = [replace(picture, path=Path(f"further {n}.png"), subset=1, caption=caption, **changes)
+               for n, picture in enumerate(scan(num_further).pictures)]
+    whole = replace(scan(num_own), pictures=scan(num_own).pictures + further)
+    answers = Answers(images="pictures", base="sdxl.safetensors", trigger="ohwx", gpu="RTX 3070", overrides=overrides)
+    return derive(answers, whole, BASE, resolve_gpu("RTX 3070", None))
+
+
+def test_regularization_pictures_double_an_epoch_and_count_nowhere_else():
+    """24 pictures are seen 10 times an epoch, so 240 views of regularization pictures come on top: 480 batches, not 240."""
+    alone, beside = derived("RTX 3070", num_pictures=24), with_further(24, 60, {"regularization": "reg"})
+    for name in ("repeats", "epochs", "rank", "held_out_pictures", "multires_noise_discount"):
+        assert beside.value(name) == alone.value(name), name
+    steps = beside.values["steps"]
+    assert steps.value == 2 * alone.value("steps") == 4800
+    assert ("(24 pictures x 10 repeats + 240 views of regularization pictures) / batch 1 = 480 batches per epoch x 10 epochs = "
+            "4800") in steps.reason
+    assert beside.values["regularization"].value == "reg" and beside.values["regularization"].rule == "REG"
+    assert "60 pictures" in beside.values["regularization"].reason and beside.value("prior_loss_weight") == 1.0
+    assert alone.values["regularization"].value == "" and alone.values["regularization"].rule == "REG"
+    assert not [warning for warning in beside.warnings if warning["rule"] == "DATA-COUNT"], "60 more would be too many"
+    as_subset = with_further(24, 60, {"subsets": [{"images": "reg", "regularization": True}]})
+    assert as_subset.value("steps") == 4800
+    assert not [warning for warning in beside.warnings if warning["rule"] == "REG"]
+    called = with_further(24, 60, {"regularization": "reg"}, caption="OHWX person")
+    assert "60 captions" in next(warning["text"] for warning in called.warnings if warning["rule"] == "REG")
+
+
+def test_repeats_of_a_subsets_own():
+    """30 pictures, seen 100 times each: 3000 views. 10 of them repeat 40 times, so an epoch has 20 x 10 + 10 x 40 = 600."""
+    result = with_further(20, 10, {"subsets": [{"images": "more", "repeats": 40}]})
+    assert (result.value("repeats"), result.value("epochs"), result.value("steps")) == (10, 5, 3000)
+    assert "600 views of 30 pictures / batch 1 = 600 batches per epoch x 5 epochs = 3000" in result.values["steps"].reason
+    assert with_further(20, 10, {"subsets": [{"images": "more"}]}).value("epochs") == 10
+
+
+def test_flip_is_an_answer_with_a_reason():
+    assert derived(flip=True).value("flip") is True and "mirrored" in derived(flip=True).values["flip"].reason
+    assert derived().value("flip") is False and "text" in derived().values["flip"].reason
+
+
+def test_buckets_and_masks_are_remarked_on():
+    assert not [warning for warning in derived(num_pictures=24).warnings if warning["rule"] == "BUCKET"]
+    result = with_further(24, 1, {"batch_size": 4, "subsets": [{"images": "more", "repeats": 3}]}, width=2048)
+    single, short = [warning["text"] for warning in result.warnings if warning["rule"] == "BUCKET"]
+    assert "further 0.png" in single and "3 of 4" in short
+    masks = (Mask("alpha", Path("a.png")),)
+    result = with_further(24, 2, {"subsets": [{"images": "more", "masked_loss": "alpha"}]}, masks=masks)
+    assert not [warning for warning in result.warnings if "mask" in warning["text"]]
+    result = with_further(24, 2, {"masked_loss": "alpha", "subsets": [{"images": "more"}]}, masks=masks)
+    assert [warning for warning in result.warnings if "24 of 26 pictures that should have a mask" in warning["text"]]
 
 
 @pytest.mark.parametrize(("subject", "num_pictures", "warned"), [

@@ -4,6 +4,7 @@ import json
 import os
 import pty
 import re
+import shutil
 import subprocess
 import sys
 
@@ -42,6 +43,28 @@ def test_plan_json_holds_every_promised_name(tiny_base, photographs, folder, cap
     assert all(value.keys() == {"value", "rule", "reason"} for name, value in printed.items() if name != "warnings")
     assert {"rule", "text"} == set(printed["warnings"][0])
     assert list(folder.glob("*.toml")) == [], "--json writes a file only when --out names one"
+
+
+def test_flips_subsets_and_regularization_reach_the_plan(tiny_base, photographs, folder, capsys):
+    for name in ("more", "reg"):
+        (folder / name).mkdir()
+        shutil.copy(photographs / "coffee.jpg", folder / name / f"{name}.jpg")
+    command = request(tiny_base, photographs, "--flip", "--subset", "images=more,repeats=3,flip=false", "--set",
+                      "regularization=reg", "--set", "prior_loss_weight=0.5", "--set", "masked_loss=alpha")
+    assert main([*command, "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["flip"]["value"] is True and printed["subsets"]["value"] == [{"images": "more", "repeats": 3, "flip": False}]
+    assert (printed["regularization"]["value"], printed["regularization"]["rule"]) == ("reg", "REG")
+    assert any(warning["rule"] == "BUCKET" and "2 of 4" in warning["text"] for warning in printed["warnings"])
+    assert any("should have a mask" in warning["text"] for warning in printed["warnings"])
+
+    assert main([*command, "--out", "plan.toml"]) == 0
+    output = capsys.readouterr().out
+    assert "views of regularization pictures)" in " ".join(output.split())
+    plan = load_plan(folder / "plan.toml")
+    assert (plan.flip, plan.masked_loss, plan.prior_loss_weight) == (True, "alpha", 0.5)
+    assert plan.subsets == [{"images": str(folder / "more"), "repeats": 3, "flip": False}]
+    assert plan.regularization == str(folder / "reg")
 
 
 def test_plan_table_fits_80_columns_and_the_file_holds_the_same(tiny_base, photographs, folder, capsys, monkeypatch):

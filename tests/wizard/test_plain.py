@@ -34,7 +34,7 @@ def typed(monkeypatch, tmp_path):
 
 
 def test_from_first_question_to_the_plan_file(typed, tiny_base, photographs, tmp_path, capsys):
-    code = typed("style", "2", "a, b", "ohwx", "", "/nowhere", str(photographs), str(tiny_base), "", "cpu", "",
+    code = typed("style", "2", "a, b", "ohwx", "", "/nowhere", str(photographs), "yes", str(tiny_base), "", "cpu", "",
                  "rnak=3", "steps=7", "w")
     output = capsys.readouterr().out
     assert code == 0, output
@@ -42,6 +42,7 @@ def test_from_first_question_to_the_plan_file(typed, tiny_base, photographs, tmp
     assert "Did you mean 'rank'" in output
     plan = load_plan(tmp_path / "plan.toml")
     assert (plan.trigger, plan.steps, plan.device, plan.images) == ("ohwx", 7, "cpu", str(photographs))
+    assert plan.flip
     assert load_draft() is None
 
 
@@ -57,7 +58,7 @@ def test_enter_starts_the_run(typed, tiny_base, photographs, monkeypatch):
 
     started = []
     monkeypatch.setattr(plain, "start_and_watch", lambda run, options: started.append((run, options)) or 0)
-    assert typed("", "", "ohwx", "mine", str(photographs), str(tiny_base), "", "cpu", "", "") == 0
+    assert typed("", "", "ohwx", "mine", str(photographs), "", str(tiny_base), "", "cpu", "", "") == 0
     (run, options), = started
-    assert run.name == "mine" and load_plan(run.plan).device == "cpu"
+    assert run.name == "mine" and load_plan(run.plan).device == "cpu" and not load_plan(run.plan).flip
     assert options == Namespace(detach=False, plain=True, ascii=False)

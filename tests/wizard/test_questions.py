@@ -36,11 +36,11 @@ def test_only_what_the_files_leave_open_is_asked(tiny_base, photographs, tmp_pat
     scan, unmarked = scan_pictures(photographs), inspect_base_model(tiny_base)
     base = replace(unmarked, prediction_type="epsilon")
     known = Known(scan, base)
-    assert asked("pictures", Answers(), known) == ["images"]
+    assert asked("pictures", Answers(), known) == ["images", "flip"]
     assert asked("base", Answers(), known) == ["base"]
 
     bare = replace(scan, pictures=[replace(scan.pictures[0], caption=None)])
-    assert asked("pictures", Answers(), Known(bare, base)) == ["images", "class_word"]
+    assert asked("pictures", Answers(), Known(bare, base)) == ["images", "class_word", "flip"]
     assert asked("base", Answers(), Known(scan, replace(base, has_vae=False))) == ["base", "vae"]
     assert asked("base", Answers(), Known(scan, unmarked)) == ["base", "prediction"]
     assert open_point("base", Answers(), Known(scan, unmarked))[0] == "prediction"
@@ -53,7 +53,7 @@ def test_only_what_the_files_leave_open_is_asked(tiny_base, photographs, tmp_pat
         (tmp_path / file.name).write_bytes(file.read_bytes())
     (tmp_path / "coffee.jpg").write_bytes(b"not a picture")
     broken = Known(scan_pictures(tmp_path), base)
-    assert asked("pictures", Answers(), broken) == ["images", "skip_broken"]
+    assert asked("pictures", Answers(), broken) == ["images", "skip_broken", "flip"]
     assert open_point("pictures", Answers(), broken)[0] == "skip_broken"
     assert open_point("pictures", Answers(skip_broken=True), broken) is None
 
@@ -75,9 +75,9 @@ def test_wrong_answers_are_refused_with_the_mend(key, text, words):
 
 
 def test_answers_about_a_file_end_with_the_file():
-    answers = Answers(base="a", vae="v", prediction="epsilon", images="p", skip_broken=True)
+    answers = Answers(base="a", vae="v", prediction="epsilon", images="p", skip_broken=True, flip=True)
     assert with_answer(answers, "base", "b") == replace(answers, base="b", vae="", prediction="")
-    assert with_answer(answers, "images", "q") == replace(answers, images="q", skip_broken=False)
+    assert with_answer(answers, "images", "q") == replace(answers, images="q", skip_broken=False, flip=False)
     assert with_answer(answers, "base", "a") == answers
 
 
@@ -105,9 +105,10 @@ def test_the_equivalent_command_gives_the_same_answers():
 
     answers = Answers(
         images="/my pictures", subject="style", base="/b.safetensors", vae="/v.safetensors", prediction="epsilon",
-        gpu="RTX 3060", vram_gib=8.0, look="anime", trigger="it's", class_word="cat", name="n", skip_broken=True,
+        gpu="RTX 3060", vram_gib=8.0, look="anime", trigger="it's", class_word="cat", name="n", flip=True, skip_broken=True,
         overrides={"rank": 8, "learning_rate": 2e-5, "buckets": False, "optimizer": "AdamW", "sample_prompts": ["a, b", "c"],
-                   "optimizer_args": {"weight_decay": 0.02}, "epochs": 3})
+                   "optimizer_args": {"weight_decay": 0.02}, "epochs": 3, "masked_loss": "alpha", "regularization": "/r",
+                   "subsets": [{"images": "/a, b", "repeats": 3, "flip": False}, {"images": "/c", "regularization": True}]})
     import shlex
 
     options = build_parser().parse_args(shlex.split(equivalent_command(answers))[1:])

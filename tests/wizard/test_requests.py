@@ -6,6 +6,7 @@ import struct
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from crumb.wizard.cli import main
 
@@ -124,8 +125,36 @@ def settings_that_disagree(folder, base, photographs):
     return ["--set", "optimizer=AdamW", "--set", "learning_rate=1"], "1e-4"
 
 
+def subset_with_unknown_key(folder, base, photographs):
+    return ["--subset", f"images={photographs},repaets=2"], "Did you mean 'repeats'"
+
+
+def subset_without_folder(folder, base, photographs):
+    return ["--subset", "repeats=2"], "images is missing"
+
+
+def missing_regularization_folder(folder, base, photographs):
+    return ["--set", "regularization=nowhere"], "no folder"
+
+
+def regularization_with_the_very_pictures(folder, base, photographs):
+    return ["--set", f"regularization={photographs}"], "another of the folders"
+
+
+def black_mask(folder, base, photographs):
+    shutil.copytree(photographs, folder / "masked")
+    Image.new("L", Image.open(folder / "masked/coffee.jpg").size).save(folder / "masked/coffee-masklabel.png")
+    return ["--images", str(folder / "masked"), "--set", "masked_loss=files"], "black all over"
+
+
+def flip_as_a_setting(folder, base, photographs):
+    return ["--set", "flip=true"], "--flip"
+
+
 @pytest.mark.parametrize("mistake", [
-    without_picture_folder, empty_folder, truncated_picture, missing_base, sd15_base, lora_as_base, truncated_base,
+    subset_with_unknown_key, subset_without_folder, missing_regularization_folder, regularization_with_the_very_pictures,
+    black_mask, flip_as_a_setting, without_picture_folder,
+    empty_folder, truncated_picture, missing_base, sd15_base, lora_as_base, truncated_base,
     pickled_base, missing_vae, model_as_vae, unknown_gpu, impossible_vram, trigger_of_two, unfit_name, unknown_setting,
     setting_of_wrong_type, setting_out_of_range, setting_without_value, setting_that_is_an_answer, settings_that_disagree,
 ], ids=lambda mistake: mistake.__name__)

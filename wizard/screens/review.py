@@ -12,7 +12,7 @@ from textual.screen import Screen
 from textual.widgets import DataTable, Footer, Static
 
 from crumb.engine.run.directory import create_run
-from crumb.profiles.derive import Derived
+from crumb.profiles.derivation import Derived
 from crumb.profiles.errors import CrumbError, RequestError
 from crumb.profiles.interview import ANSWERED, UNSETTABLE, Interview, check_override, conclude, default_name
 from crumb.profiles.plan import plan_fields

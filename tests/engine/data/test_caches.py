@@ -4,13 +4,23 @@ import os
 import stat
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 
 from crumb.engine.data import caches
-from crumb.engine.data.caches import cache_latents, cache_prompts, entry_path, latents_key, read_entry, write_entry
+from crumb.engine.data.caches import (
+    View,
+    cache_latents,
+    cache_prompts,
+    entry_path,
+    latents_key,
+    mask_key,
+    read_entry,
+    write_entry,
+)
 from crumb.engine.data.images import crop_picture, load_rgb, to_tensor
 from crumb.profiles.buckets import assign
 from crumb.profiles.dataset import scan_pictures
@@ -40,7 +50,7 @@ def pictures(tmp_path):
     folder.mkdir()
     for name, size in {"a": (200, 140), "b": (150, 150), "c": (140, 300), "d": (220, 160)}.items():
         Image.effect_noise(size, 80).convert("RGB").save(folder / f"{name}.png")
-    return [(picture, assign(picture.width, picture.height, 128)) for picture in scan_pictures(folder).pictures]
+    return [View(picture, assign(picture.width, picture.height, 128)) for picture in scan_pictures(folder).pictures]
 
 
 def fill(pictures, vae, folder, **options):
@@ -60,7 +70,7 @@ def fill(pictures, vae, folder, **options):
 def test_latents_equal_a_direct_encode(tmp_path, pictures, vae, batch_size):
     paths, loads, progress = fill(pictures, vae, tmp_path / "cache", batch_size=batch_size)
     assert loads == 1 and progress[-1] == (4, 4) and progress == sorted(progress)
-    for (picture, crop), path in zip(pictures, paths, strict=True):
+    for (picture, crop, _), path in zip(pictures, paths, strict=True):
         with torch.no_grad():
             pixels = to_tensor(crop_picture(load_rgb(picture.path), crop))
             posterior = vae.encode(pixels[None]).latent_dist
@@ -68,6 +78,25 @@ def test_latents_equal_a_direct_encode(tmp_path, pictures, vae, batch_size):
         assert entry["mean"].shape == entry["std"].shape == (4, crop.height // 2, crop.width // 2)
         torch.testing.assert_close(entry["mean"], posterior.mean[0], atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(entry["std"], posterior.std[0], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_mirrored_latents_equal_a_direct_encode_of_the_mirrored_picture(tmp_path, pictures, vae, batch_size):
+    """Each crop is cut out and mirrored by indexing here; mirrored latents of the plain picture are something else."""
+    both = [*pictures, *(view._replace(mirrored=True) for view in pictures)]
+    paths, loads, progress = fill(both, vae, tmp_path / "cache", batch_size=batch_size)
+    assert loads == 1 and progress[-1] == (8, 8) and len(set(paths)) == 8
+    for (picture, crop, _), plain, mirrored in zip(pictures, paths[:4], paths[4:], strict=True):
+        resized = load_rgb(picture.path).resize((crop.resized_width, crop.resized_height), Image.Resampling.LANCZOS)
+        rows = np.asarray(resized)[crop.top:crop.top + crop.height, crop.left:crop.left + crop.width]
+        pixels = torch.tensor(rows[:, ::-1].astype(np.float32) / 127.5 - 1).permute(2, 0, 1)
+        with torch.no_grad():
+            posterior = vae.encode(pixels[None]).latent_dist
+        entry = read_entry(mirrored)
+        torch.testing.assert_close(entry["mean"], posterior.mean[0], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(entry["std"], posterior.std[0], atol=1e-5, rtol=1e-5)
+        assert (entry["mean"] - read_entry(plain)["mean"].flip(-1)).abs().max() > 1e-3
+    assert fill(both, vae, tmp_path / "cache")[1] == 0
 
 
 def test_only_what_is_missing_torn_or_changed_is_made_again(tmp_path, pictures, vae):
@@ -103,9 +132,20 @@ def test_keys_depend_on_all_that_changes_the_content():
         latents_key("0" * 64, crop, "other vae", "bf16"),
         latents_key("0" * 64, crop, "vae", "fp32"),
         latents_key("0" * 64, crop, "vae", "bf16", tiled=True),
+        latents_key("0" * 64, crop, "vae", "bf16", mirrored=True),
+        *(mask_key(digest * 64, kind, crop) for digest in "01" for kind in ("alpha", "files")),
+        mask_key("0" * 64, "alpha", assign(2000, 1500, 512)),
     ]
     assert variants[0] == latents_key("0" * 64, assign(2000, 1500, 1024), "vae", "bf16")
     assert len(set(variants)) == len(variants)
+
+
+def test_names_of_plain_entries_never_change():
+    """Golden: what was encoded before there were mirrored pictures and masks is found again."""
+    crop = assign(2000, 1500, 1024)
+    assert latents_key("0" * 64, crop, "vae", "bf16") == "940b309764a593c58ea5e9a647b08b337c3bf2b434c66f4932ad38706546e0cc"
+    tiled = latents_key("0" * 64, crop, "vae", "bf16", tiled=True)
+    assert tiled == "04748b4ac99faca777f21deebda28d16e0a84cd393ff8697dc364a1851972a78"
 
 
 def test_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
@@ -155,7 +195,7 @@ class BrokenVae(torch.nn.Module):
 def test_nan_names_the_picture_and_is_not_cached(tmp_path):
     for name, grey in {"dark": 20, "bright": 240}.items():
         Image.new("L", (130, 130), grey).save(tmp_path / f"{name}.png")
-    pictures = [(picture, assign(130, 130, 128)) for picture in scan_pictures(tmp_path).pictures]
+    pictures = [View(picture, assign(130, 130, 128)) for picture in scan_pictures(tmp_path).pictures]
     with pytest.raises(CrumbError, match=r"bright\.png.*float16.*bfloat16"):
         fill(pictures, BrokenVae(), tmp_path / "cache", batch_size=2)
     names = [path.name for path in (tmp_path / "cache").rglob("*.safetensors")]
@@ -163,7 +203,7 @@ def test_nan_names_the_picture_and_is_not_cached(tmp_path):
 
 
 def test_picture_that_changes_or_vanishes_is_named(tmp_path, pictures, vae):
-    picture, _ = pictures[0]
+    picture = pictures[0].picture
     Image.new("RGB", (100, 100)).save(picture.path)
     with pytest.raises(CrumbError, match=r"a\.png.*changed"):
         fill(pictures, vae, tmp_path / "cache")
@@ -174,7 +214,7 @@ def test_picture_that_changes_or_vanishes_is_named(tmp_path, pictures, vae):
 
 def test_tiled_encoding_is_kept_apart(tmp_path, vae):
     Image.effect_noise((300, 150), 80).convert("RGB").save(tmp_path / "wide.png")
-    pictures = [(picture, assign(300, 150, 128)) for picture in scan_pictures(tmp_path).pictures]
+    pictures = [View(picture, assign(300, 150, 128)) for picture in scan_pictures(tmp_path).pictures]
     (whole,), _, _ = fill(pictures, vae, tmp_path / "cache")
     (tiled,), loads, _ = fill(pictures, vae, tmp_path / "cache", tiled=True)
     vae.disable_tiling()

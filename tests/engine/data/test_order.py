@@ -3,7 +3,7 @@
 import random
 from collections import Counter
 
-from crumb.engine.data.order import epoch_batches
+from crumb.engine.data.order import epoch_batches, mirrored_views
 from crumb.profiles.buckets import steps_per_epoch
 
 REPEATS = {0: 3, 1: 1, 2: 2, 3: 1, 4: 5, 5: 1, 6: 1}
@@ -35,6 +35,16 @@ def test_order_depends_on_seed_and_epoch_alone():
     assert random.getstate() == state
     assert epoch_batches(BUCKETS, 2, 7, 1) != first
     assert epoch_batches(BUCKETS, 2, 8, 0) != first
+
+
+def test_half_of_the_views_are_mirrored_and_the_step_alone_tells_which():
+    random.seed(1)
+    state = random.getstate()
+    views = [mirrored_views(4, 42, step, micro) for step in range(500) for micro in (0, 1)]
+    assert abs(sum(map(sum, views)) / 4000 - 0.5) < 0.03 and random.getstate() == state
+    assert views == [mirrored_views(4, 42, step, micro) for step in range(500) for micro in (0, 1)]
+    assert len({tuple(one) for one in views}) == 16, "each picture is drawn for itself"
+    assert [mirrored_views(4, 43, step, 0) for step in range(9)] != [mirrored_views(4, 42, step, 0) for step in range(9)]
 
 
 def test_order_never_changes_between_versions():

@@ -1,22 +1,30 @@
 """What the loop is given: size conditioning by hand, captions with the trigger, repeats, and only cached tensors."""
 
+import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 
 from crumb.engine.data import prepare as prepare_module
+from crumb.engine.data.images import crop_picture, load_rgb, to_tensor
 from crumb.engine.data.prepare import prepare, time_ids
 from crumb.engine.memory.placement import Placement
-from crumb.engine.model.load import load_text_encoders
+from crumb.engine.model.load import load_text_encoders, load_vae
 from crumb.engine.model.text import encode_prompts
+from crumb.engine.network.metadata import lora_metadata
 from crumb.engine.run.events import EventWriter, read_events
 from crumb.profiles.base_model import inspect_base_model
 from crumb.profiles.buckets import assign
-from crumb.profiles.dataset import Picture, scan_pictures
+from crumb.profiles.dataset import scan_pictures, scan_subsets
+from crumb.profiles.pictures import Picture
 from crumb.profiles.plan import Plan
+from crumb.profiles.subsets import effective_subsets
 
 PLACEMENT = Placement(torch.device("cpu"), torch.float32, False)
 
@@ -27,6 +35,20 @@ def test_time_ids_by_hand():
     assert time_ids(wide, assign(1500, 1000, 1024)) == [1000, 1500, 0, 16, 832, 1216]
     tall = Picture(Path("p.png"), 1000, 1500, 1, None, None)
     assert time_ids(tall, assign(1000, 1500, 1024)) == [1500, 1000, 16, 0, 1216, 832]
+
+
+def test_time_ids_say_where_the_crop_lies_in_the_picture_as_shown():
+    """Every pixel of 137x128 holds its own place; at 128 pixels 4 are cut on one side and 5 on the other."""
+    x, y = np.meshgrid(np.arange(137), np.arange(128))
+    image = Image.fromarray(np.dstack([x, y, np.zeros_like(x)]).astype(np.uint8))
+    picture, crop = Picture(Path("p.png"), 137, 128, 1, None, None), assign(137, 128, 128)
+    assert (crop.width, crop.height, crop.resized_width) == (128, 128, 137)
+    plain = np.asarray(crop_picture(image, crop))
+    assert time_ids(picture, crop) == [128, 137, plain[0, 0, 1], plain[0, 0, 0], 128, 128] == [128, 137, 0, 4, 128, 128]
+    shown = plain[:, ::-1]
+    # The same picture, mirrored first: its own left edge is column 136 of the file.
+    left_in_mirrored = 136 - int(shown[0, 0, 0])
+    assert time_ids(picture, crop, mirrored=True) == [128, 137, 0, left_in_mirrored, 128, 128] == [128, 137, 0, 5, 128, 128]
 
 
 def test_order_is_that_of_diffusers():
@@ -56,7 +78,7 @@ def test_prepared_set(tiny_base, tmp_path, monkeypatch):
     training_set = prepared()
     by_name = {picture.path.name: index for index, picture in enumerate(training_set.pictures)}
     assert [training_set.captions[by_name[name]] for name in ("a.png", "b.png")] == ["ohwx, a cat", "ohwx cat"]
-    seen = Counter(index for indices in training_set.buckets.values() for index in indices)
+    seen = Counter(index for indices in training_set.epoch.trained.values() for index in indices)
     assert seen == {by_name["a.png"]: 6, by_name["b.png"]: 2}
 
     batch = training_set.batch([by_name["a.png"]])
@@ -77,3 +99,162 @@ def test_prepared_set(tiny_base, tmp_path, monkeypatch):
     monkeypatch.setattr(prepare_module, "load_vae", refuse)
     monkeypatch.setattr(prepare_module, "load_text_encoders", refuse)
     assert prepared().latent_paths == training_set.latent_paths
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """Own pictures: one plain, one masked on its right half; a face folder; regularization pictures, one of them captioned."""
+    for place in ("own/plain", "own/masked", "faces/face", "reg/r1", "reg/r2", "reg/r3"):
+        path = tmp_path / f"{place}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.effect_noise((140, 128), 90).convert("RGB").save(path)
+    mask = Image.new("L", (140, 128))
+    mask.paste(255, (70, 0, 140, 128))
+    mask.save(tmp_path / "own/masked-masklabel.png")
+    (tmp_path / "own/plain.txt").write_text("a cat")
+    (tmp_path / "reg/r1.txt").write_text("some dog")
+    return tmp_path
+
+
+@pytest.fixture
+def prepare_from(folders, tiny_base):
+    """prepare() for the plan of these settings; returns the set, its pictures' names to indices, and the events."""
+    def prepared(**settings):
+        plan = Plan(**{
+            "name": "t", "created": "2026-01-01T00:00:00+00:00", "base_model": str(tiny_base), "resolution": 128,
+            "images": str(folders / "own"), "trigger": "ohwx", "class_word": "cat", "repeats": 2, "batch_size": 4} | settings)
+        events = folders / "events.jsonl"
+        events.unlink(missing_ok=True)
+        scan = scan_subsets(effective_subsets(plan))
+        training_set = prepare(plan, inspect_base_model(tiny_base), scan, PLACEMENT, EventWriter(events),
+                               lambda phase: lambda done, total: None)
+        names = {picture.path.stem: index for index, picture in enumerate(training_set.pictures)}
+        return training_set, names, read_events(events)[0]
+    return prepared
+
+
+def test_subsets_give_captions_repeats_weights_and_turns(folders, prepare_from):
+    training_set, at, events = prepare_from(
+        regularization=str(folders / "reg"), prior_loss_weight=0.25,
+        subsets=[{"images": str(folders / "faces"), "repeats": 3, "trigger": "zwx", "class_word": "face", "loss_weight": 2.0}])
+    captions = {name: training_set.captions[index] for name, index in at.items()}
+    assert captions == {"masked": "ohwx cat", "plain": "ohwx, a cat", "face": "zwx face", "r1": "some dog", "r2": "cat",
+                        "r3": "cat"}
+    seen = Counter(index for indices in training_set.epoch.trained.values() for index in indices)
+    assert seen == {at["plain"]: 2, at["masked"]: 2, at["face"]: 3}
+    assert training_set.epoch.num_regularization == 7 and training_set.num_batches(4) == 4
+    assert training_set.batch([at["plain"], at["face"], at["r1"]]).weights.tolist() == [1.0, 2.0, 0.25]
+    assert training_set.regularization == [at["r1"], at["r2"], at["r3"]]
+    assert training_set.trained == [at["masked"], at["plain"], at["face"]]
+    told = {Path(event["path"]).stem: event for event in events if event["type"] == "picture"}
+    assert (told["face"]["repeats"], told["face"]["loss_weight"], told["r1"]["regularization"]) == (3, 2.0, True)
+    assert any("not full (128x128: 2 of 4)" in event["text"] for event in events if event["type"] == "warning")
+
+
+def test_mirrored_views(prepare_from, tiny_base):
+    """Latents of the mirrored picture, its time ids, and its mask the other way round."""
+    training_set, at, _ = prepare_from(flip=True, masked_loss="files", held_out_pictures=0)
+    indices = [at["masked"], at["plain"]]
+    plain, mirrored = training_set.batch(indices), training_set.batch(indices, [True, True])
+    vae = load_vae(inspect_base_model(tiny_base), None, torch.float32)
+    for row, index in enumerate(indices):
+        pixels = to_tensor(crop_picture(load_rgb(training_set.pictures[index].path), training_set.crops[index]))
+        with torch.no_grad():
+            posterior = vae.encode(torch.stack([pixels, pixels.flip(-1)])).latent_dist
+        for batch, mean in ((plain, posterior.mean[0]), (mirrored, posterior.mean[1])):
+            torch.testing.assert_close(batch.latent_mean[row], mean, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(plain.latent_mean, mirrored.latent_mean)
+    crop = training_set.crops[at["masked"]]
+    assert crop.left + crop.width < crop.resized_width
+    assert mirrored.time_ids[0, 3] == crop.resized_width - crop.left - crop.width
+    assert torch.equal(mirrored.masks, plain.masks.flip(-1)) and not torch.equal(mirrored.masks, plain.masks)
+    half = training_set.batch(indices, [False, True])
+    assert torch.equal(half.latent_mean[0], plain.latent_mean[0]) and torch.equal(half.latent_mean[1], mirrored.latent_mean[1])
+
+
+def test_only_subsets_that_may_be_are_mirrored(folders, prepare_from):
+    settings = {"subsets": [{"images": str(folders / "faces"), "flip": True}], "regularization": str(folders / "reg")}
+    training_set, at, _ = prepare_from(**settings)
+    assert list(training_set.mirrored_paths) == [at["face"]]
+    plain = training_set.batch([at["plain"], at["face"]])
+    wanted = training_set.batch([at["plain"], at["face"]], [True, True])
+    assert torch.equal(wanted.latent_mean[0], plain.latent_mean[0]) and torch.equal(wanted.time_ids[0], plain.time_ids[0])
+    assert not torch.equal(wanted.latent_mean[1], plain.latent_mean[1])
+    settings |= {"flip": True, "subsets": [{"images": str(folders / "faces"), "flip": False}]}
+    training_set, at, _ = prepare_from(**settings)
+    assert set(training_set.mirrored_paths) == set(at.values()) - {at["face"]}
+
+
+def test_masks_reach_the_batch(folders, prepare_from):
+    training_set, at, events = prepare_from(masked_loss="files", regularization=str(folders / "reg"))
+    assert list(training_set.mask_paths) == [at["masked"]]
+    both = training_set.batch([at["masked"], at["plain"]]).masks
+    # 140 columns, 6 cut on either side: white begins at column 64 of 128, which is 8 of 16.
+    assert both.shape == (2, 1, 16, 16) and both[0, :, :, :8].sum() == 0 and (both[0, :, :, 8:] == 1).all()
+    assert (both[1] == 1).all() and training_set.batch([at["plain"], at["r1"]]).masks is None
+    warnings = [event["text"] for event in events if event["type"] == "warning"]
+    assert any("1 of 2 pictures" in text and "plain.png" in text for text in warnings), warnings
+    told = {Path(event["path"]).stem: event["mask"] for event in events if event["type"] == "picture"}
+    assert told["masked"].endswith("masked-masklabel.png") and told["plain"] is None
+    assert prepare_from(masked_loss="off")[0].mask_paths == {}
+
+
+def test_alpha_is_a_mask_of_the_picture_itself(folders, prepare_from):
+    image = Image.open(folders / "own/plain.png").convert("RGBA")
+    image.putalpha(Image.linear_gradient("L").resize(image.size))
+    image.save(folders / "own/plain.png")
+    training_set, at, _ = prepare_from(masked_loss="alpha")
+    assert list(training_set.mask_paths) == [at["plain"]]
+    rows = training_set.batch([at["plain"]]).masks[0, 0].mean(1)
+    expected = torch.tensor(np.asarray(image.getchannel("A"), np.float64)[:, 6:134].reshape(16, 8, -1).mean((1, 2)) / 255)
+    torch.testing.assert_close(rows.double(), expected, atol=1e-6, rtol=0)
+
+
+def test_held_out_pictures_are_never_regularization_pictures(folders, prepare_from):
+    for seed in range(4):
+        training_set, at, _ = prepare_from(regularization=str(folders / "reg"), held_out_pictures=1, seed=seed, flip=True)
+        (held_out,) = training_set.held_out
+        assert held_out in (at["plain"], at["masked"]) and held_out not in training_set.trained
+        assert held_out not in training_set.mirrored_paths and len(training_set.mirrored_paths) == 4
+
+
+def test_the_digest_covers_all_that_a_batch_is_made_of(folders, prepare_from):
+    reg = {"regularization": str(folders / "reg")}
+    variants = [
+        {}, {"flip": True}, {"masked_loss": "files"}, reg, {**reg, "prior_loss_weight": 0.5},
+        {"subsets": [{"images": str(folders / "faces")}]}, {"subsets": [{"images": str(folders / "faces"), "repeats": 5}]},
+        {"subsets": [{"images": str(folders / "faces"), "loss_weight": 0.5}]}, {"repeats": 3},
+    ]
+    digests = [prepare_from(**settings)[0].digest() for settings in variants]
+    assert len(set(digests)) == len(variants) and digests[0] == prepare_from()[0].digest()
+    masked = prepare_from(masked_loss="files")[0].digest()
+    Image.new("L", (140, 128), 200).save(folders / "own/masked-masklabel.png")
+    assert prepare_from(masked_loss="files")[0].digest() != masked, "a mask painted anew is another run"
+    assert prepare_from()[0].digest() == digests[0]
+
+
+def test_metadata_name_the_folders(folders, prepare_from, make_plan):
+    (folders / "reg" / "5_dogs").mkdir()
+    (folders / "reg/r3.png").rename(folders / "reg/5_dogs/r3.png")
+    settings = {"repeats": 2, "regularization": str(folders / "reg"), "prior_loss_weight": 0.25,
+                "subsets": [{"images": str(folders / "faces"), "repeats": 3, "flip": True}]}
+    training_set, _, _ = prepare_from(**settings)
+    plan = make_plan(images=str(folders / "own"), **settings)
+    indices = [*training_set.trained, *training_set.regularization]
+    written = lora_metadata(plan, "hash", *([of_all[index] for index in indices] for of_all in (
+        training_set.pictures, training_set.crops, training_set.captions)), step=28)
+    assert json.loads(written["ss_dataset_dirs"]) == {
+        "2_own": {"n_repeats": 2, "img_count": 2}, "3_faces": {"n_repeats": 3, "img_count": 1}}
+    assert json.loads(written["ss_reg_dataset_dirs"]) == {
+        "1_reg": {"n_repeats": 1, "img_count": 2}, "5_dogs": {"n_repeats": 5, "img_count": 1}}
+    assert (written["ss_num_train_images"], written["ss_num_reg_images"]) == ("7", "7")
+    assert (written["ss_prior_loss_weight"], written["ss_flip_aug"]) == ("0.25", "True")
+    # 28 steps of one picture; an epoch is 7 training views and 7 of regularization pictures.
+    assert written["ss_epoch"] == "2"
+    assert "some dog" not in written["ss_tag_frequency"] and json.loads(written["ss_tag_frequency"])["2_own"]["ohwx"] == 1
+    alone = replace(plan, regularization="", subsets=[])
+    own = [index for index in indices if training_set.pictures[index].subset == 0]
+    written = lora_metadata(alone, "hash", *([of_all[index] for index in own] for of_all in (
+        training_set.pictures, training_set.crops, training_set.captions)), step=28)
+    assert (written["ss_num_reg_images"], written["ss_reg_dataset_dirs"], written["ss_epoch"]) == ("0", "{}", "7")
+    assert str(folders) not in json.dumps(written)

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from crumb.engine.data.caches import write_entry
 from crumb.engine.train import judge as judge_module
 from crumb.engine.train.judge import TIMESTEPS, judge, mean_loss
 from crumb.engine.train.noise import alphas_cumprod, step_generator
@@ -30,6 +31,21 @@ def test_training_goes_on_as_if_nobody_had_judged(trainer):
     for step in range(3):
         judge(*arguments(judged), step)
         assert judged.train_step(step)["loss"] == plain.train_step(step)["loss"]
+
+
+def test_whole_pictures_are_measured_and_no_regularization_pictures(trainer, tmp_path):
+    run = trainer()
+    first = judge(*arguments(run), 0)
+    for index in range(4):
+        run.training_set.mask_paths[index] = tmp_path / "masks" / "m" / f"{index}.safetensors"
+        write_entry(run.training_set.mask_paths[index], {"mask": torch.eye(16)[None]})
+        run.training_set.mirrored_paths[index] = run.training_set.latent_paths[index - 1]
+    assert judge(*arguments(run), 0) == first
+    subset = run.training_set.subsets[0]
+    run.training_set.subsets[:] = [subset, replace(subset, regularization=True)]
+    run.training_set.pictures[1] = replace(run.training_set.pictures[1], subset=1)
+    expected = mean_loss(run.unet, run.training_set, [0, 2, 3], *arguments(run)[2:])
+    assert judge(*arguments(run), 0).training_loss == expected != first.training_loss
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 8])

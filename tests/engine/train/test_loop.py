@@ -2,15 +2,18 @@
 
 import math
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 
+from crumb.engine.data.caches import write_entry
 from crumb.engine.train import loop
 from crumb.engine.train.judge import judge
 from crumb.engine.train.loop import Trainer
 from crumb.engine.train.noise import step_generator
 from crumb.engine.train.schedule import learning_rate_factor
+from crumb.profiles.epoch import Epoch, Rotation
 from crumb.profiles.errors import CrumbError, RequestError
 
 
@@ -48,6 +51,84 @@ def test_accumulation_is_the_mean_of_its_passes(trainer):
     summed = torch.cat([p.grad.flatten() for p in alone.network.parameters()])
     assert num_pictures == 4 and loss == pytest.approx(sum(losses) / 2, rel=1e-6)
     torch.testing.assert_close(accumulated, summed / 2, rtol=1e-5, atol=1e-8)
+
+
+def test_the_loss_is_weighted_by_subset_over_the_number_of_pictures(trainer):
+    """Weights 1, 1, 0.25, 0: the sum of weight times loss over 4, also in its gradient."""
+    weighted, plain = trainer(batch_size=4), trainer(batch_size=4)
+    subset = weighted.training_set.subsets[0]
+    weights = [1.0, 1.0, 0.25, 0.0]
+    weighted.training_set.subsets[:] = [replace(subset, loss_weight=weight) for weight in weights]
+    weighted.training_set.pictures[:] = [replace(p, subset=n) for n, p in enumerate(weighted.training_set.pictures)]
+    loss, _, _ = weighted._accumulate_gradients(0)
+
+    indices = plain._batch_indices(0)
+    batch = plain.training_set.batch(indices)
+    assert batch.weights.tolist() == [1.0] * 4
+    inputs = loop.draw(batch, plain.plan, plain.schedule, 0.13025, step_generator(42, 0, 0))
+    losses = loop.forward_loss(plain.unet, batch, *inputs, plain.schedule, plain.plan, plain.placement)
+    expected = sum(weights[index] * one for index, one in zip(indices, losses)) / 4
+    expected.backward()
+    assert loss == pytest.approx(expected.item(), rel=1e-6) and loss != pytest.approx(losses.mean().item(), rel=1e-2)
+    for ours, theirs in zip(weighted.network.parameters(), plain.network.parameters()):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-5, atol=1e-8)
+
+
+def test_masks_reach_the_loss(trainer, tmp_path):
+    """The loop's own loss under a mask, against the prediction weighted by hand in float64."""
+    run = trainer(batch_size=1, mask_floor=0.1)
+    mask = torch.zeros(1, 16, 16)
+    mask[:, 4:8, 2:] = 0.5
+    (index,) = run._batch_indices(0)
+    run.training_set.mask_paths[index] = tmp_path / "masks" / "m" / "0.safetensors"
+    write_entry(run.training_set.mask_paths[index], {"mask": mask})
+    loss, _, _ = run._accumulate_gradients(0)
+
+    batch = run.training_set.batch([index])
+    noisy, target, timesteps = loop.draw(batch, run.plan, run.schedule, 0.13025, step_generator(42, 0, 0))
+    with torch.no_grad():
+        prediction = run.unet(noisy, timesteps, batch.encoder_hidden_states, added_cond_kwargs={
+            "text_embeds": batch.pooled, "time_ids": batch.time_ids}).sample
+    weights = (0.1 + 0.9 * mask.double()).expand(4, -1, -1)
+    squares = (prediction - target).double()[0].square()
+    assert loss == pytest.approx(((squares * weights).sum() / weights.sum()).item(), rel=1e-5)
+    assert loss != pytest.approx(squares.mean().item(), rel=1e-3)
+
+
+def test_half_of_the_views_are_mirrored_and_a_resumed_run_mirrors_the_same(trainer, tmp_path, monkeypatch):
+    run, seen = trainer(batch_size=2, seed=5), []
+    for index in (0, 1, 2):
+        run.training_set.mirrored_paths[index] = tmp_path / "mirrored" / "m" / f"{index}.safetensors"
+        write_entry(run.training_set.mirrored_paths[index], {"mean": torch.full((4, 16, 16), float(index)),
+                                                             "std": torch.zeros(4, 16, 16)})
+
+    def forward(unet, batch, *rest):
+        means = batch.latent_mean.flatten(1)
+        seen.append([mean[0].item() if (mean == mean[0]).all() else None for mean in means])
+        return sum(p.sum() for p in run.network.parameters()) * torch.zeros(len(means))
+
+    monkeypatch.setattr(loop, "forward_loss", forward)
+    for step in range(300):
+        run._accumulate_gradients(step)
+    first = list(seen)
+    for step in (299, 7, 8):
+        seen.clear()
+        run._accumulate_gradients(step)
+        assert seen == [first[step]], "which are mirrored must follow from the step alone"
+    views = [view for step, row in enumerate(first) for view in zip(run._batch_indices(step), row)]
+    assert all(mirrored in (None, float(index)) and (index != 3 or mirrored is None) for index, mirrored in views)
+    may_be = [mirrored is not None for index, mirrored in views if index != 3]
+    assert 0.42 < sum(may_be) / len(may_be) < 0.58
+
+
+def test_each_epoch_shows_the_next_regularization_pictures(trainer):
+    """Two training pictures and five of regularization: two of these an epoch, in turn."""
+    run = trainer(batch_size=1)
+    run = replace(run, training_set=replace(run.training_set, epoch=Epoch(
+        {(128, 128): [0, 1]}, {(128, 128): Rotation([2, 3, 2, 3, 3], 2)})))
+    epochs = [sorted(index for number in range(4) for index in run._batch_indices(4 * epoch + number)) for epoch in range(5)]
+    assert epochs == [[0, 1, 2, 3], [0, 1, 2, 3], [0, 1, 2, 3], [0, 1, 2, 3], [0, 1, 3, 3]]
+    assert run._epoch(3) == 1.0
 
 
 def test_a_nan_step_changes_nothing_and_is_counted(trainer, monkeypatch):

@@ -25,8 +25,8 @@ def snr() -> torch.Tensor:
     return compute_snr(scheduler, TIMESTEPS).double()
 
 
-def loss(pair, plan) -> torch.Tensor:
-    return diffusion_loss(*pair, TIMESTEPS, alphas_cumprod(plan.zero_terminal_snr), plan)
+def loss(pair, plan, masks=None) -> torch.Tensor:
+    return diffusion_loss(*pair, TIMESTEPS, alphas_cumprod(plan.zero_terminal_snr), plan, masks)
 
 
 def test_plain_loss_is_the_mean_square_of_each_picture(pair, make_plan):
@@ -81,3 +81,37 @@ def test_zero_terminal_snr_stays_finite_or_is_refused(pair, make_plan):
     assert loss(pair, make_plan(zero_terminal_snr=True, loss_type="huber")).isfinite().all()
     with pytest.raises(RequestError, match="debiased"):
         make_plan(zero_terminal_snr=True, loss_weighting="debiased")
+
+
+def masks() -> torch.Tensor:
+    """Soft ones, one of an eighth of the frame, one that is white all over."""
+    drawn = torch.rand(6, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    drawn[1], drawn[2] = 0, 1
+    drawn[1, :, 3] = 1
+    return drawn
+
+
+@pytest.mark.parametrize("floor", [0.0, 0.25, 1.0])
+@pytest.mark.parametrize("settings", [{}, {"loss_weighting": "min_snr"}, {"loss_type": "huber", "huber_schedule": "constant"}])
+def test_masked_loss_is_the_mean_under_the_mask(pair, make_plan, floor, settings):
+    """A weighted mean of what each place counts alone, summed up here in float64."""
+    got = loss(pair, make_plan(mask_floor=floor, **settings), masks())
+    for index in range(6):
+        weights = floor + (1 - floor) * masks()[index, 0].double()
+        total = 0.0
+        for y in range(8):
+            for x in range(8):
+                place = [tensor[:, :, y:y + 1, x:x + 1] for tensor in pair]
+                total += weights[y, x].item() * loss(place, make_plan(**settings))[index].double().item()
+        assert got[index].item() == pytest.approx(total / weights.sum().item(), rel=1e-5), index
+
+
+def test_what_lies_under_black_does_not_count_and_small_masks_keep_their_weight(pair, make_plan):
+    prediction, target = (tensor.clone().requires_grad_() for tensor in pair)
+    loss((prediction, target), make_plan(), masks()).sum().backward()
+    assert (prediction.grad[1, :, :3] == 0).all() and (prediction.grad[1, :, 4:] == 0).all()
+    assert loss(pair, make_plan(), masks())[2].item() == pytest.approx(loss(pair, make_plan())[2].item(), rel=1e-6)
+    # An error that is everywhere alike gives the same loss and, in sum, the same gradient, however small the mask is.
+    even = torch.ones(6, 4, 8, 8, requires_grad=True)
+    loss((even, torch.zeros(6, 4, 8, 8)), make_plan(), masks()).sum().backward()
+    torch.testing.assert_close(even.grad.flatten(1).sum(1), torch.full((6,), 2.0))

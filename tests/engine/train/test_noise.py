@@ -72,7 +72,7 @@ def test_timesteps_stay_in_their_range_and_follow_their_distribution(make_plan):
 def test_noisy_latents_and_targets_are_diffusers(make_plan, prediction_type, zero_terminal_snr):
     plan = make_plan(prediction_type=prediction_type, zero_terminal_snr=zero_terminal_snr, input_perturbation=0.1)
     mean, std = torch.randn(6, 4, 8, 8, generator=seeded(2)), torch.rand(6, 4, 8, 8, generator=seeded(3))
-    batch = Batch(mean, std, *[torch.zeros(6, 1)] * 3)
+    batch = Batch(mean, std, *[torch.zeros(6, 1)] * 4)
     noisy, target, timesteps = draw(batch, plan, alphas_cumprod(zero_terminal_snr), 0.13025, seeded(4))
 
     scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
