@@ -21,7 +21,7 @@ from crumb.profiles.plan import plan_fields
 from crumb.profiles.subsets import effective_subsets
 
 ANSWERS = {"base_model": "base", "vae": "vae", "prediction_type": "prediction", "images": "images", "class_word": "class_word",
-           "name": "name"}
+           "name": "name", "flip": "flip"}
 """Settings that the interview asks for, by the answer's name."""
 
 TWINS = ({"conv_rank", "targets"}, {"steps", "epochs"})
