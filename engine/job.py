@@ -15,11 +15,12 @@ import torch
 from crumb.engine.data.prepare import TrainingSet, prepare
 from crumb.engine.memory.placement import Placement, choose_placement
 from crumb.engine.model.config import VAE_SCALING_FACTOR
-from crumb.engine.model.load import load_unet
+from crumb.engine.model.load import load_text_encoders, load_unet
 from crumb.engine.network.lora import Network, attach_lora
 from crumb.engine.network.metadata import lora_metadata, sidecar
 from crumb.engine.network.read import start_from
 from crumb.engine.network.save import save_lora
+from crumb.engine.network.text import attach_text_lora
 from crumb.engine.network.verify import verify_lora
 from crumb.engine.run.control import progress_reporter, take_request
 from crumb.engine.run.directory import RunDirectory, write_atomic
@@ -43,6 +44,7 @@ from crumb.profiles.base_model import BaseModel
 from crumb.profiles.errors import CrumbError, RequestError
 from crumb.profiles.plan import Plan, load_plan
 from crumb.profiles.preflight import preflight
+from crumb.profiles.sample_prompts import sample_prompts, texts_of
 from crumb.profiles.verdict import Judged, best_of, verdict
 
 log = logging.getLogger("crumb")
@@ -122,6 +124,10 @@ def _assemble(run: RunDirectory, plan: Plan, base: BaseModel, placement: Placeme
     """U-Net, network, optimizer and, where there is one, the newest checkpoint; returns the last finished step too."""
     unet = load_unet(base, placement.dtype, placement.device)
     network = attach_lora(unet, plan)
+    encoders = None
+    if plan.text_encoders_learn:
+        encoders = load_text_encoders(base, placement.dtype, placement.device)
+        attach_text_lora(network, encoders, plan)
     if plan.start_from:
         _start_from(network, Path(plan.start_from), events)
     if placement.gradient_checkpointing:
@@ -130,7 +136,7 @@ def _assemble(run: RunDirectory, plan: Plan, base: BaseModel, placement: Placeme
                                lambda text: events.emit("warning", text=text))
     scaler = torch.amp.GradScaler(placement.device.type, enabled=placement.dtype == torch.float16)
     trainer = Trainer(plan, unet, network, optimizer, scaler, training_set, placement,
-                      alphas_cumprod(plan.zero_terminal_snr), VAE_SCALING_FACTOR, events, status)
+                      alphas_cumprod(plan.zero_terminal_snr), VAE_SCALING_FACTOR, events, status, encoders)
     belongs_to = {"plan.toml": plan_digest(plan), "base model": training_set.base_sha256,
                   "set of pictures and captions": training_set.digest()}
     job = Job(run, plan, base, placement, training_set, trainer, belongs_to)
@@ -199,8 +205,7 @@ def _judge(job: Job, step: int) -> bool:
     trainer = job.trainer
     trainer.status.update(phase="judge")
     job.events.emit("phase", phase="judge")
-    job.history.append(judge(trainer.unet, job.training_set, job.plan, job.placement, trainer.schedule,
-                             trainer.scaling_factor, step))
+    job.history.append(judge(trainer, step))
     judged, is_best = job.history[-1], best_of(job.history) is job.history[-1]
     _track(job, asdict(judged))
     job.events.emit("judged", **asdict(judged), best=is_best, **asdict(verdict(job.history, job.plan.steps)))
@@ -229,7 +234,8 @@ def _sample(job: Job, step: int) -> None:
     status.update(state="sampling", phase="sample")
     job.events.emit("phase", phase="sample")
     try:
-        paths = sample_pictures(job.trainer.unet, job.training_set, job.plan, job.base, job.placement,
+        entries = job.trainer.prompt_entries(texts_of(sample_prompts(job.plan)))
+        paths = sample_pictures(job.trainer.unet, entries, job.plan, job.base, job.placement,
                                 job.run.samples, step)
         job.events.emit("sample", step=step, paths=[str(path.relative_to(job.run.path)) for path in paths])
         draw_over_time(job.run.samples, job.run.name, job.plan.sample_prompts)

@@ -95,7 +95,11 @@ def _derive_memory(result: Derivation, base: BaseModel, gpu: Gpu) -> None:
 def _needed_gib(result: Derivation, base: BaseModel, batch_size: int, recompute: bool) -> float:
     return estimate_vram_gib(base.num_unet_parameters, result.value("resolution"), batch_size, recompute,
                              result.value("optimizer"), result.value("targets"), result.value("rank"),
-                             result.value("conv_rank"))
+                             result.value("conv_rank"), _text_encoders_learn(result))
+
+
+def _text_encoders_learn(result: Derivation) -> bool:
+    return max(result.overrides.get(name, 0) for name in ("text_encoder_learning_rate", "text_encoder_2_learning_rate")) > 0
 
 
 def _derive_network(result: Derivation, answers: Answers, scan: Scan, base: BaseModel, gpu: Gpu) -> None:
@@ -113,7 +117,7 @@ def _derive_network(result: Derivation, answers: Answers, scan: Scan, base: Base
         wanted = rank
         while rank > MIN_FITTED_RANK and gpu.vram_gib < estimate_vram_gib(
                 base.num_unet_parameters, result.value("resolution"), 1, True, result.value("optimizer"), targets, rank,
-                conv_rank):
+                conv_rank, _text_encoders_learn(result)):
             rank //= 2
         if rank < wanted:
             reasons.append(f"lowered to {rank} to fit {gpu.vram_gib:g} GiB")
@@ -147,7 +151,8 @@ def _derive_optimizer(result: Derivation, base: BaseModel, gpu: Gpu) -> None:
     else:
         result.put("optimizer", "AdamW8bit", "OPT-DEFAULT", f"the default; spares memory on {gpu.vram_gib:g} GiB")
     _derive_rate(result, base, result.value("optimizer"))
-    result.put("text_encoder_learning_rate", 0.0, "LR", "the text encoders are not trained")
+    result.put("text_encoder_learning_rate", 0.0, "LR", "the text encoders don't learn: the U-Net alone is enough for most")
+    result.put("text_encoder_2_learning_rate", 0.0, "LR", "as encoder 1")
     result.put("warmup_ratio", 0.1, "WARMUP", "10 % of all steps; only constant_with_warmup uses it")
 
 

@@ -80,6 +80,18 @@ class Plan:
     subsets: list = _setting("data", "Further folders with settings of their own: {images = \"DIR\", repeats = 3, ...}", [],
                              items=dict)
 
+    shuffle_captions: bool = _setting("captions", "Shuffle the tags (what stands between commas), each view anew", False)
+    keep_tokens: int = _setting("captions", "Tags at the front that are never moved or left out, as the trigger word is", 1,
+                                low=0, high=100)
+    tag_dropout: float = _setting("captions", "Share of tags left out at random, each view anew", 0.0, low=0, high=0.95)
+    caption_dropout: float = _setting("captions", "Share of views without any caption", 0.0, low=0, high=1)
+    caption_prefix: str = _setting("captions", "Words before every caption, behind which nothing is shuffled in", "")
+    caption_suffix: str = _setting("captions", "Words behind every caption", "")
+    caption_variants: int = _setting("captions", "How many shuffles of each caption are encoded and kept on disk", 8, low=1,
+                                     high=256)
+    max_token_length: int = _setting("captions", "Tokens of a caption that are read; above 75 in chunks of 75", 75,
+                                     choices=(75, 150, 225))
+
     method: str = _setting("network", "What is trained", "lora", choices=("lora",))
     targets: str = _setting("network", "Which layers learn; conv adds the 3x3 convolutions", "attention+ff",
                             choices=TARGETS)
@@ -168,6 +180,15 @@ class Plan:
     sample_negative: str = _setting("output", "What sample pictures should not show, where the prompt has no --n", "")
     sample_steps: int = _setting("output", "Denoising steps per sample picture", 20, low=1, high=200)
     sample_guidance: float = _setting("output", "Classifier-free guidance of sample pictures", 6.0, low=1, high=30)
+
+    @property
+    def text_encoders_learn(self) -> bool:
+        return max(self.text_encoder_learning_rate, self.text_encoder_2_learning_rate) > 0
+
+    @property
+    def num_caption_variants(self) -> int:
+        """Where the text encoders learn nothing is cached, and every view may be a text of its own."""
+        return 1 << 30 if self.text_encoders_learn else self.caption_variants
 
     def __post_init__(self):
         for setting in dataclasses.fields(self):

@@ -6,13 +6,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from crumb.profiles.captions import CaptionRules
 from crumb.profiles.checks import checked, from_text, nearest, setting
 from crumb.profiles.errors import RequestError
 
 if TYPE_CHECKING:
     from crumb.profiles.plan import Plan
 
-INHERITED = ("repeats", "trigger", "class_word", "flip", "masked_loss")
+INHERITED = ("repeats", "trigger", "class_word", "flip", "masked_loss", "shuffle_captions", "keep_tokens", "tag_dropout",
+             "caption_dropout", "caption_prefix", "caption_suffix")
 """Settings of the plan that a subset may give anew; each is a field of Subset, too."""
 
 Fields = Mapping[str, dataclasses.Field]
@@ -28,8 +30,20 @@ class Subset:
     class_word: str
     flip: bool
     masked_loss: str
+    shuffle_captions: bool = False
+    keep_tokens: int = 1
+    tag_dropout: float = 0.0
+    caption_dropout: float = 0.0
+    caption_prefix: str = ""
+    caption_suffix: str = ""
     regularization: bool = setting("subset", "Its pictures show what must not be forgotten, not what is taught", False)
     loss_weight: float = setting("subset", "What the loss of its pictures counts", 1.0, low=0, high=100)
+
+
+def caption_rules(subset: Subset) -> CaptionRules:
+    """How the captions of its pictures vary."""
+    return CaptionRules(subset.shuffle_captions, subset.keep_tokens, subset.tag_dropout, subset.caption_dropout,
+                        subset.caption_prefix, subset.caption_suffix)
 
 
 def effective_subsets(plan: "Plan") -> list[Subset]:

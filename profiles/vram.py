@@ -11,6 +11,9 @@ RECOMPUTED_ACTIVATIONS_GIB = 0.65
 RESERVE_GIB = 1.2
 """CUDA context, workspaces, transients and what the desktop takes."""
 
+TEXT_ENCODERS_GIB = 1.7
+"""Both text encoders in 16 bits (817,720,320 weights) and what they keep of 77 tokens, where they learn."""
+
 PARAMETERS_PER_RANK = {"attention": 1_451_000, "attention+ff": 2_660_000, "attention+ff+conv": 2_660_000}
 PARAMETERS_PER_CONV_RANK = 414_000
 """LoRA weights of full-size SDXL for each unit of rank; the counts of the published LoRA formats."""
@@ -20,10 +23,11 @@ STATE_BYTES = {"AdamW8bit": 2, "AdamW": 8, "Prodigy": 14, "DAdaptAdam": 12, "Ada
 
 
 def estimate_vram_gib(num_unet_parameters: int, resolution: int, batch_size: int, recompute: bool, optimizer: str,
-                      targets: str, rank: int, conv_rank: int) -> float:
+                      targets: str, rank: int, conv_rank: int, text_encoders_learn: bool = False) -> float:
     """Peak GPU memory of training a full-size SDXL with its base in 16 bits."""
     weights = num_unet_parameters * 2 / GIB
     per_picture = RECOMPUTED_ACTIVATIONS_GIB if recompute else KEPT_ACTIVATIONS_GIB
     activations = per_picture * batch_size * (resolution / 1024) ** 2
     num_parameters = PARAMETERS_PER_RANK[targets] * rank + PARAMETERS_PER_CONV_RANK * conv_rank
-    return weights + activations + num_parameters * (8 + STATE_BYTES[optimizer]) / GIB + RESERVE_GIB
+    return weights + activations + num_parameters * (8 + STATE_BYTES[optimizer]) / GIB + RESERVE_GIB + (
+        TEXT_ENCODERS_GIB if text_encoders_learn else 0)

@@ -8,7 +8,7 @@ import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -18,10 +18,11 @@ from crumb.engine.data.caches import OnProgress, View, cache_latents, cache_prom
 from crumb.engine.data.masks import cache_masks
 from crumb.engine.memory.placement import Placement
 from crumb.engine.model.load import load_text_encoders, load_vae
-from crumb.engine.model.text import encode_prompts
+from crumb.engine.model.text import CHUNK, PENULTIMATE, encode_prompts, pad_chunks
 from crumb.engine.run.events import EventWriter
 from crumb.profiles.base_model import BaseModel, fingerprint
 from crumb.profiles.buckets import Crop
+from crumb.profiles.captions import caption_for_view, caption_variant, plain_caption
 from crumb.profiles.data_rules import plan_crops
 from crumb.profiles.dataset import Scan, mask_findings, training_caption
 from crumb.profiles.epoch import Epoch, bucket_findings, hold_out, plan_epoch
@@ -30,7 +31,7 @@ from crumb.profiles.paths import cache_dir
 from crumb.profiles.pictures import Picture, mask_of
 from crumb.profiles.plan import Plan
 from crumb.profiles.sample_prompts import sample_prompts, texts_of
-from crumb.profiles.subsets import Subset, effective_subsets
+from crumb.profiles.subsets import Subset, caption_rules, effective_subsets
 
 log = logging.getLogger("crumb")
 
@@ -44,11 +45,12 @@ class Batch:
 
     latent_mean: Tensor  # (B, 4, H, W) fp32, unscaled
     latent_std: Tensor
-    encoder_hidden_states: Tensor  # (B, 77, D)
-    pooled: Tensor  # (B, P)
+    encoder_hidden_states: Tensor | None  # (B, 77 C, D); None where the text encoders learn and encode `prompts` each time
+    pooled: Tensor | None  # (B, P)
     time_ids: Tensor  # (B, 6)
     weights: Tensor  # (B,) what each picture's loss counts
     masks: Tensor | None = None  # (B, 1, H, W) from 0 to 1, where its loss counts; None = everywhere
+    prompts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,6 +62,7 @@ class TrainingSet:
     captions: list[str]
     latent_paths: list[Path]
     prompt_paths: dict[str, Path]
+    """Cache entries by text; empty where the text encoders learn."""
     epoch: Epoch
     held_out: list[int]
     """Pictures that are measured and never trained on; in no bucket."""
@@ -68,6 +71,9 @@ class TrainingSet:
     mirrored_paths: dict[int, Path] = field(default_factory=dict)
     """Latents of the mirrored picture, where it may be shown mirrored."""
     mask_paths: dict[int, Path] = field(default_factory=dict)
+    num_variants: int = 1
+    """Texts that a varying caption is shown as."""
+    seed: int = 0
 
     @property
     def regularization(self) -> list[int]:
@@ -90,27 +96,44 @@ class TrainingSet:
         further = [sorted((index, path.name) for index, path in paths.items())
                    for paths in (self.mirrored_paths, self.mask_paths)]
         weights = [self.subsets[picture.subset].loss_weight for picture in self.pictures]
-        content = [[path.name for path in self.latent_paths], self.captions, sorted(self.epoch.trained.items()),
+        texts = [[caption, repr(caption_rules(self.subsets[picture.subset]))]
+                 for caption, picture in zip(self.captions, self.pictures)]
+        content = [[path.name for path in self.latent_paths], texts, sorted(self.epoch.trained.items()),
                    sorted(regularization), *further, weights]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
-    def batch(self, indices: list[int], mirrored: Sequence[bool] = ()) -> Batch:
-        """The pictures as tensors; those that `mirrored` says and that may be, mirrored."""
+    def text(self, index: int, view: str = "") -> str:
+        """The picture's prompt: whole, or as one view (which names step and place) shows it."""
+        rules = caption_rules(self.subsets[self.pictures[index].subset])
+        if not view:
+            return plain_caption(self.captions[index], rules)
+        return caption_for_view(self.captions[index], rules, self.num_variants, self.seed, view)
+
+    def batch(self, indices: list[int], mirrored: Sequence[bool] = (), view: str = "") -> Batch:
+        """The pictures as tensors; those that `mirrored` says and that may be, mirrored, with captions as `view` has them."""
         shown_mirrored = [wanted and index in self.mirrored_paths
                           for index, wanted in zip(indices, mirrored or [False] * len(indices))]
         latents = [load_entry(self.mirrored_paths[index] if flipped else self.latent_paths[index])
                    for index, flipped in zip(indices, shown_mirrored)]
-        prompts = [load_entry(self.prompt_paths[self.captions[index]]) for index in indices]
+        texts = tuple(self.text(index, view and f"{view} {place}") for place, index in enumerate(indices))
+        prompts = [load_entry(self.prompt_paths[text]) for text in texts] if self.prompt_paths else []
         return Batch(
             latent_mean=torch.stack([entry["mean"] for entry in latents]),
             latent_std=torch.stack([entry["std"] for entry in latents]),
-            encoder_hidden_states=torch.stack([entry["encoder_hidden_states"] for entry in prompts]),
-            pooled=torch.stack([entry["pooled"] for entry in prompts]),
+            encoder_hidden_states=self._hidden(prompts) if prompts else None,
+            pooled=torch.stack([entry["pooled"] for entry in prompts]) if prompts else None,
             time_ids=torch.tensor([time_ids(self.pictures[index], self.crops[index], flipped)
                                    for index, flipped in zip(indices, shown_mirrored)]),
             weights=torch.tensor([self.subsets[self.pictures[index].subset].loss_weight for index in indices]),
             masks=self._masks(indices, shown_mirrored, latents[0]["mean"].shape[-2:]),
+            prompts=texts,
         )
+
+    def _hidden(self, entries: list[dict[str, Tensor]]) -> Tensor:
+        hidden = [entry["encoder_hidden_states"] for entry in entries]
+        if len({len(one) for one in hidden}) == 1:
+            return torch.stack(hidden)
+        return pad_chunks(hidden, load_entry(self.prompt_paths[""])["encoder_hidden_states"])
 
     def _masks(self, indices: list[int], mirrored: Sequence[bool], size: torch.Size) -> Tensor | None:
         if not any(index in self.mask_paths for index in indices):
@@ -161,15 +184,37 @@ def prepare(plan: Plan, base: BaseModel, scan: Scan, placement: Placement, event
         fingerprint(vae_path) if vae_path else base_sha256, precision, cache_dir() / "latents",
         tiled=plan.vae_tiling, on_progress=progress("cache latents"), device=placement.device,
     )
-    events.emit("phase", phase="cache captions")
-    prompt_paths = cache_prompts(
-        [*captions, *texts_of(sample_prompts(plan)), ""],
-        lambda: load_text_encoders(base, placement.encoder_dtype, placement.device),
-        encode_prompts, base_sha256, precision, cache_dir() / "prompts",
-        on_progress=progress("cache captions"),
-    )
+    prompt_paths = {}
+    if not plan.text_encoders_learn:
+        events.emit("phase", phase="cache captions")
+        texts = caption_texts(captions, [subsets[picture.subset] for picture in scan.pictures], plan)
+        prompt_paths = cache_prompts(
+            [*texts, *texts_of(sample_prompts(plan)), ""],
+            lambda: load_text_encoders(base, placement.encoder_dtype, placement.device),
+            partial(encode_prompts, clip_skip=plan.clip_skip, max_token_length=plan.max_token_length),
+            text_fingerprint(base_sha256, plan), precision, cache_dir() / "prompts",
+            on_progress=progress("cache captions"),
+        )
     return TrainingSet(scan.pictures, crops, captions, paths[: len(views)], prompt_paths, epoch, held_out, base_sha256, subsets,
-                       dict(zip(mirrored, paths[len(views):])), mask_paths)
+                       dict(zip(mirrored, paths[len(views):])), mask_paths, plan.num_caption_variants, plan.seed)
+
+
+def caption_texts(captions: list[str], subsets: list[Subset], plan: Plan) -> list[str]:
+    """Every text that a caption can be shown as, each once."""
+    texts = {}
+    for caption, subset in zip(captions, subsets):
+        rules = caption_rules(subset)
+        texts[plain_caption(caption, rules)] = None
+        texts |= dict.fromkeys(caption_variant(caption, rules, number, plan.seed)
+                               for number in range(plan.num_caption_variants if rules.vary else 0))
+    return list(texts)
+
+
+def text_fingerprint(base_sha256: str, plan: Plan) -> str:
+    """What prompt entries depend on beside the prompt."""
+    how = "" if (plan.clip_skip, plan.max_token_length) == (PENULTIMATE, CHUNK) else (
+        f" clip_skip {plan.clip_skip} tokens {plan.max_token_length}")
+    return base_sha256 + how
 
 
 @lru_cache(NUM_ENTRIES_IN_MEMORY)

@@ -7,12 +7,14 @@ from crumb.engine.network.read import read_lora
 from crumb.profiles.errors import RequestError
 
 
-def put_lora(network: Network, path: Path) -> None:
+def put_lora(network: Network, path: Path, part: str = "lora_") -> None:
     """The file's tensors in place of the network's, at strength 1; layers that the file lacks do nothing.
+
+    `part`: how the names of the modules begin that are looked at: lora_unet, lora_te, or all.
 
     Rank and alpha are the file's own, layer by layer. RequestError where the file is damaged or made for other layers.
     """
-    changes = read_lora(path)
+    changes = {stem: change for stem, change in read_lora(path).items() if stem.startswith(part)}
     unknown = sorted(changes.keys() - network.layers.keys())
     if unknown:
         raise RequestError(f"{path} changes {unknown[0]} and {len(unknown) - 1} more layers that the run's plan does not "

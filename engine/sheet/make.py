@@ -6,6 +6,7 @@ Text encoders, U-Net and VAE are in memory one after the other; the U-Net is loa
 import gc
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,16 +14,19 @@ from PIL import Image
 from torch import Tensor, nn
 
 from crumb.engine.data.caches import cache_prompts
+from crumb.engine.data.prepare import load_entry, text_fingerprint
 from crumb.engine.job import settle_torch
 from crumb.engine.memory.placement import Placement, choose_placement
 from crumb.engine.model.load import load_text_encoders, load_unet
 from crumb.engine.model.text import encode_prompts
 from crumb.engine.network.load import put_lora, set_strength
 from crumb.engine.network.lora import Network, attach_lora
+from crumb.engine.network.text import attach_text_lora
 from crumb.engine.run.directory import RunDirectory
 from crumb.engine.run.lora_files import LoraFile, lora_files
 from crumb.engine.sheet.draw import Block, Row, draw_sheet, sheet_scale, shrunk
 from crumb.engine.train.sample import decode, denoise, load_decoder
+from crumb.engine.train.text import encode_texts
 from crumb.profiles.base_model import BaseModel, fingerprint, inspect_base_model
 from crumb.profiles.errors import RequestError
 from crumb.profiles.paths import cache_dir
@@ -31,6 +35,9 @@ from crumb.profiles.sample_prompts import SamplePrompt, parse_sample_prompts, te
 
 Report = Callable[[str, int, int], None]
 """Told the phase, how much of it is done, and of how much."""
+
+Entries = dict[str, dict[str, Tensor]]
+"""Conditioning by text."""
 
 Cell = tuple[LoraFile | None, float]
 """A file at a strength; (None, 0.0) is the base model."""
@@ -73,13 +80,11 @@ def make_sheet(sheet: Sheet, report: Report) -> Image.Image:
 def draw_cells(plan: Plan, base: BaseModel, placement: Placement, prompts: list[SamplePrompt], cells: list[Cell],
                scale: float, report: Report) -> dict[Cell, list[Image.Image]]:
     """Each cell's pictures, one a prompt; cells of one file should follow each other, since it is read anew otherwise."""
-    paths = cache_prompts(texts_of(prompts), lambda: load_text_encoders(base, placement.encoder_dtype, placement.device),
-                          encode_prompts, fingerprint(base.path, lambda done, total: report("hash", done, total)),
-                          str(placement.encoder_dtype), cache_dir() / "prompts",
-                          on_progress=lambda done, total: report("encode", done, total))
+    texts = _cached_texts if not plan.text_encoders_learn else _texts_by_cell
+    entries = texts(plan, base, placement, texts_of(prompts), cells, report)
     report("load", 0, 1)
     with torch.no_grad():
-        latents = _denoise_cells(plan, base, placement, prompts, cells, paths, report)
+        latents = _denoise_cells(plan, base, placement, prompts, cells, entries, report)
         _free_memory()
         vae = load_decoder(plan, base, placement)
         pictures = {}
@@ -89,8 +94,36 @@ def draw_cells(plan: Plan, base: BaseModel, placement: Placement, prompts: list[
     return pictures
 
 
+def _cached_texts(plan: Plan, base: BaseModel, placement: Placement, texts: list[str], cells: list[Cell],
+                  report: Report) -> dict[Cell, Entries]:
+    """The base's own conditioning for every cell, from the cache that training shares."""
+    base_sha256 = fingerprint(base.path, lambda done, total: report("hash", done, total))
+    paths = cache_prompts(texts, lambda: load_text_encoders(base, placement.encoder_dtype, placement.device),
+                          partial(encode_prompts, clip_skip=plan.clip_skip, max_token_length=plan.max_token_length),
+                          text_fingerprint(base_sha256, plan), str(placement.encoder_dtype), cache_dir() / "prompts",
+                          on_progress=lambda done, total: report("encode", done, total))
+    entries = {text: load_entry(path) for text, path in paths.items()}
+    return {cell: entries for cell in cells}
+
+
+def _texts_by_cell(plan: Plan, base: BaseModel, placement: Placement, texts: list[str], cells: list[Cell],
+                   report: Report) -> dict[Cell, Entries]:
+    """Conditioning by the text encoders with each cell's own LoRA; the encoders are gone from memory afterwards."""
+    encoders, network, entries = load_text_encoders(base, placement.dtype, placement.device), Network(), {}
+    attach_text_lora(network, encoders, plan)
+    for number, (file, strength) in enumerate(cells):
+        report("encode", number, len(cells))
+        if file is not None:
+            put_lora(network, file.path, "lora_te")
+        set_strength(network, strength)
+        entries[file, strength] = encode_texts(texts, encoders, plan)
+    del encoders, network
+    _free_memory()
+    return entries
+
+
 def _denoise_cells(plan: Plan, base: BaseModel, placement: Placement, prompts: list[SamplePrompt], cells: list[Cell],
-                   paths: dict[str, Path], report: Report) -> dict[Cell, list[Tensor]]:
+                   entries: dict[Cell, Entries], report: Report) -> dict[Cell, list[Tensor]]:
     """Latents on the CPU, where a thousand of them are small; the U-Net is gone from memory afterwards."""
     unet, network = _load_network(plan, base, placement)
     total, done = sum(prompt.steps for prompt in prompts) * len(cells), 0
@@ -104,10 +137,11 @@ def _denoise_cells(plan: Plan, base: BaseModel, placement: Placement, prompts: l
     report("denoise", 0, total)
     for file, strength in cells:
         if file is not None and file is not present:
-            put_lora(network, file.path)
+            put_lora(network, file.path, "lora_unet")
             present = file
         set_strength(network, strength)
-        latents[file, strength] = [denoise(unet, paths, prompt, plan, placement, on_step).cpu() for prompt in prompts]
+        latents[file, strength] = [denoise(unet, entries[file, strength], prompt, plan, placement, on_step).cpu()
+                                   for prompt in prompts]
     return latents
 
 

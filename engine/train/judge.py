@@ -4,12 +4,11 @@ import random
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
-from crumb.engine.data.prepare import TrainingSet
-from crumb.engine.memory.placement import Placement
+from crumb.engine.train.loop import Trainer
 from crumb.engine.train.noise import add_noise, prediction_target, step_generator
 from crumb.engine.train.step import forward_loss
+from crumb.engine.train.text import encode_batch
 from crumb.profiles.plan import Plan
 from crumb.profiles.verdict import Judged
 
@@ -18,35 +17,33 @@ NUM_JUDGED = 8
 """Pictures of each kind that are measured; with five noise levels each, forty forward passes."""
 
 
-def judge(unet, training_set: TrainingSet, plan: Plan, placement: Placement, schedule: Tensor, scaling_factor: float,
-          step: int) -> Judged:
+def judge(trainer: Trainer, step: int) -> Judged:
     """Measures some training pictures and the held-out ones, without gradients."""
     # Plain squares at every noise level, whatever the run trains with: so that runs can be compared too.
-    plain = replace(plan, loss_type="l2", loss_weighting="none")
-    losses = [
-        mean_loss(unet, training_set, _some(indices, plan.seed), plain, placement, schedule, scaling_factor)
-        if indices else None
-        for indices in (training_set.trained, training_set.held_out)
-    ]
+    plain = replace(trainer.plan, loss_type="l2", loss_weighting="none")
+    losses = [mean_loss(trainer, _some(indices, plain.seed), plain) if indices else None
+              for indices in (trainer.training_set.trained, trainer.training_set.held_out)]
     return Judged(step, *losses)
 
 
 @torch.no_grad()
-def mean_loss(unet, training_set: TrainingSet, indices: list[int], plan: Plan, placement: Placement, schedule: Tensor,
-              scaling_factor: float) -> float:
+def mean_loss(trainer: Trainer, indices: list[int], plan: Plan) -> float:
     """Over all pictures and TIMESTEPS; at most `plan.batch_size` at a time, so that it fits where training fits."""
-    losses = []
+    losses, schedule = [], trainer.schedule
     for index in indices:
         generator = step_generator(plan.seed, index, -2)
         for start in range(0, len(TIMESTEPS), plan.batch_size):
             timesteps = torch.tensor(TIMESTEPS[start:start + plan.batch_size])
             # Whole pictures, whatever is trained of them: a mask's own loss would not tell what becomes of the rest.
-            batch = replace(training_set.batch([index] * len(timesteps)), masks=None)
-            latents = batch.latent_mean * scaling_factor
+            batch = replace(trainer.training_set.batch([index] * len(timesteps)), masks=None)
+            if trainer.encoders:
+                batch = encode_batch(batch, trainer.encoders, plan, learns=False)
+            latents = batch.latent_mean * trainer.scaling_factor
             noise = torch.randn(latents.shape, generator=generator)
             noisy_latents = add_noise(latents, noise, timesteps, schedule)
             target = prediction_target(latents, noise, timesteps, schedule, plan.prediction_type)
-            losses.append(forward_loss(unet, batch, noisy_latents, target, timesteps, schedule, plan, placement))
+            losses.append(forward_loss(trainer.unet, batch, noisy_latents, target, timesteps, schedule, plan,
+                                       trainer.placement))
     return torch.cat(losses).mean().item()
 
 

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from crumb.engine.data.order import epoch_batches, mirrored_views
-from crumb.engine.data.prepare import TrainingSet
+from crumb.engine.data.prepare import TrainingSet, load_entry
 from crumb.engine.memory.placement import Placement
+from crumb.engine.model.load import TextEncoders
 from crumb.engine.network.lora import Network
 from crumb.engine.run.events import EventWriter
 from crumb.engine.run.status import Status
@@ -19,6 +20,7 @@ from crumb.engine.train.noise import step_generator
 from crumb.engine.train.optimizer import effective_rate
 from crumb.engine.train.schedule import learning_rate_factor
 from crumb.engine.train.step import draw, forward_loss
+from crumb.engine.train.text import encode_batch, encode_texts, text_learns
 from crumb.profiles.errors import CrumbError
 from crumb.profiles.plan import Plan
 
@@ -44,8 +46,16 @@ class Trainer:
     scaling_factor: float
     events: EventWriter
     status: Status
+    encoders: TextEncoders | None = None
+    """Kept where they learn; otherwise every text comes from the cache."""
     loss_smoothed: float | None = None
     skipped_in_a_row: int = 0
+
+    def prompt_entries(self, texts: list[str]) -> dict[str, dict[str, Tensor]]:
+        """Each text's conditioning as it is now."""
+        if self.encoders:
+            return encode_texts(texts, self.encoders, self.plan)
+        return {text: load_entry(self.training_set.prompt_paths[text]) for text in texts}
 
     def train_step(self, step: int) -> dict:
         """One optimizer step (0-based `step`); returns the fields of its `step` event."""
@@ -81,7 +91,10 @@ class Trainer:
         for micro_step in range(plan.gradient_accumulation_steps):
             started = time.perf_counter()
             indices = self._batch_indices(step * plan.gradient_accumulation_steps + micro_step)
-            batch = self.training_set.batch(indices, mirrored_views(len(indices), plan.seed, step, micro_step))
+            batch = self.training_set.batch(indices, mirrored_views(len(indices), plan.seed, step, micro_step),
+                                            view=f"{step} {micro_step}")
+            if self.encoders:
+                batch = encode_batch(batch, self.encoders, plan, text_learns(plan, step))
             generator = step_generator(plan.seed, step, micro_step)
             noisy_latents, target, timesteps = draw(batch, plan, self.schedule, self.scaling_factor, generator)
             data_wait_s += time.perf_counter() - started

@@ -13,7 +13,6 @@ from diffusers import AutoencoderKL, EulerDiscreteScheduler
 from PIL import Image
 from torch import Tensor
 
-from crumb.engine.data.prepare import TrainingSet, load_entry
 from crumb.engine.memory.placement import Placement
 from crumb.engine.model.load import load_vae, tile_vae
 from crumb.engine.train.noise import BETA_END, BETA_START, NUM_TIMESTEPS
@@ -22,11 +21,14 @@ from crumb.profiles.plan import Plan
 from crumb.profiles.sample_prompts import SamplePrompt, sample_prompts
 
 
-def sample_pictures(unet, training_set: TrainingSet, plan: Plan, base: BaseModel, placement: Placement,
+def sample_pictures(unet, entries: dict[str, dict[str, Tensor]], plan: Plan, base: BaseModel, placement: Placement,
                     folder: Path, step: int) -> list[Path]:
-    """One picture per sample prompt, always from the same noise, as folder/step-000500-0.png and so on."""
+    """One picture per sample prompt, always from the same noise, as folder/step-000500-0.png and so on.
+
+    `entries` holds each text's conditioning.
+    """
     with torch.no_grad():
-        latents = [denoise(unet, training_set.prompt_paths, prompt, plan, placement) for prompt in sample_prompts(plan)]
+        latents = [denoise(unet, entries, prompt, plan, placement) for prompt in sample_prompts(plan)]
         vae = load_decoder(plan, base, placement)
         images = [decode(vae, one) for one in latents]
     del vae
@@ -40,11 +42,11 @@ def sample_pictures(unet, training_set: TrainingSet, plan: Plan, base: BaseModel
     return paths
 
 
-def denoise(unet, prompt_paths: dict[str, Path], prompt: SamplePrompt, plan: Plan, placement: Placement,
+def denoise(unet, entries: dict[str, dict[str, Tensor]], prompt: SamplePrompt, plan: Plan, placement: Placement,
             on_step: Callable[[], None] = lambda: None) -> Tensor:
     """Latents (1, 4, H, W) fp32 by Euler steps with classifier-free guidance; 1 is none, and takes half the time.
 
-    `prompt_paths` holds the cache entries of the prompt's text and of its negative.
+    `entries` holds the conditioning of the prompt's text and of its negative.
     """
     scheduler = make_scheduler(plan)
     scheduler.set_timesteps(prompt.steps, device=placement.device)
@@ -52,7 +54,7 @@ def denoise(unet, prompt_paths: dict[str, Path], prompt: SamplePrompt, plan: Pla
     latents = torch.randn((1, 4, prompt.height // VAE_SCALE, prompt.width // VAE_SCALE), generator=generator)
     latents = latents.to(placement.device) * scheduler.init_noise_sigma
     texts = (prompt.text,) if prompt.guidance == 1 else (prompt.text, prompt.negative)
-    entries = [load_entry(prompt_paths[text]) for text in texts]
+    given = [entries[text] for text in texts]
     # A picture of this very size, not cropped: original size, crop, target size (Podell et al. 2023, section 2.2).
     sides = [float(prompt.height), float(prompt.width)]
     time_ids = torch.tensor([[*sides, 0.0, 0.0, *sides]], device=placement.device)
@@ -62,7 +64,7 @@ def denoise(unet, prompt_paths: dict[str, Path], prompt: SamplePrompt, plan: Pla
             unet(scaled, timestep, encoder_hidden_states=entry["encoder_hidden_states"][None].to(scaled),
                  added_cond_kwargs={"text_embeds": entry["pooled"][None].to(scaled), "time_ids": time_ids},
                  return_dict=False)[0].float()
-            for entry in entries
+            for entry in given
         )
         for without in unconditional:
             predicted = without + prompt.guidance * (predicted - without)

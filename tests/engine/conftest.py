@@ -9,8 +9,9 @@ import torch
 from crumb.engine.data.caches import write_entry
 from crumb.engine.data.prepare import TrainingSet
 from crumb.engine.memory.placement import Placement
-from crumb.engine.model.load import load_unet
+from crumb.engine.model.load import load_text_encoders, load_unet
 from crumb.engine.network.lora import attach_lora
+from crumb.engine.network.text import attach_text_lora
 from crumb.engine.train.loop import Trainer
 from crumb.engine.train.noise import alphas_cumprod
 from crumb.engine.train.optimizer import make_optimizer
@@ -18,7 +19,8 @@ from crumb.profiles.base_model import inspect_base_model
 from crumb.profiles.buckets import assign
 from crumb.profiles.epoch import Epoch
 from crumb.profiles.pictures import Picture
-from crumb.profiles.subsets import Subset
+from crumb.profiles.plan import Plan
+from crumb.profiles.subsets import effective_subsets
 
 NUM_PICTURES = 4
 
@@ -29,17 +31,21 @@ def trainer(tiny_base, tmp_path, make_plan):
         plan = make_plan(**{"rank": 4, "alpha": 4.0, "steps": 10, "learning_rate": 1e-3} | settings)
         placement = Placement(torch.device("cpu"), dtype, False)
         unet = load_unet(inspect_base_model(tiny_base), dtype)
-        network = attach_lora(unet, plan)
+        network, encoders = attach_lora(unet, plan), None
+        if plan.text_encoders_learn:
+            encoders = load_text_encoders(inspect_base_model(tiny_base), dtype)
+            attach_text_lora(network, encoders, plan)
         for index, layer in enumerate(network.layers.values()):  # B is zero at first, and then dA is too
             layer.lora_B.data = torch.randn(layer.lora_B.shape, generator=torch.Generator().manual_seed(index)) * 0.05
         optimizer = make_optimizer(plan, network.rate_groups(plan.lora_plus_ratio), placement.device, print)
         scaler = torch.amp.GradScaler("cpu", enabled=dtype == torch.float16)
-        return Trainer(plan, unet, network, optimizer, scaler, training_set(tmp_path), placement, alphas_cumprod(False),
-                       0.13025, SimpleNamespace(), SimpleNamespace())
+        pictures = training_set(tmp_path, plan, encoded=encoders is None)
+        return Trainer(plan, unet, network, optimizer, scaler, pictures, placement, alphas_cumprod(False), 0.13025,
+                       SimpleNamespace(), SimpleNamespace(), encoders)
     return make
 
 
-def training_set(folder: Path) -> TrainingSet:
+def training_set(folder: Path, plan: Plan, encoded: bool) -> TrainingSet:
     generator = torch.Generator().manual_seed(3)
     latents, prompts = [], {}
     for index in range(NUM_PICTURES):
@@ -50,6 +56,6 @@ def training_set(folder: Path) -> TrainingSet:
         write_entry(prompts[f"caption {index}"], {"encoder_hidden_states": torch.randn(77, 128, generator=generator),
                                                   "pooled": torch.randn(64, generator=generator)})
     pictures = [Picture(Path(f"{index}.png"), 128, 128, 1, f"caption {index}", None) for index in range(NUM_PICTURES)]
-    return TrainingSet(pictures, [assign(128, 128, 128)] * NUM_PICTURES, list(prompts), latents, prompts,
+    return TrainingSet(pictures, [assign(128, 128, 128)] * NUM_PICTURES, list(prompts), latents, prompts if encoded else {},
                        Epoch({(128, 128): list(range(NUM_PICTURES))}), [], "base",
-                       [Subset(images="p", repeats=1, trigger="", class_word="", flip=False, masked_loss="off")])
+                       effective_subsets(plan), num_variants=plan.num_caption_variants, seed=plan.seed)

@@ -63,4 +63,4 @@ def test_the_loss_curve_is_a_plain_loops(trainer, reference):
 
 
 def measured(run) -> float:
-    return judge(run.unet, run.training_set, run.plan, run.placement, run.schedule, run.scaling_factor, 0).training_loss
+    return judge(run, 0).training_loss

@@ -11,41 +11,37 @@ from crumb.engine.train.judge import TIMESTEPS, judge, mean_loss
 from crumb.engine.train.noise import alphas_cumprod, step_generator
 
 
-def arguments(run):
-    return run.unet, run.training_set, run.plan, run.placement, run.schedule, run.scaling_factor
-
-
 def test_the_same_weights_give_the_same_numbers_and_a_step_changes_them(trainer):
     run = trainer()
     run.training_set.held_out.append(3)
-    first, again = judge(*arguments(run), 0), judge(*arguments(run), 0)
+    first, again = judge(run, 0), judge(run, 0)
     assert first == again and first.held_out_loss != first.training_loss
     run.train_step(0)
-    assert judge(*arguments(run), 1).training_loss != first.training_loss
+    assert judge(run, 1).training_loss != first.training_loss
     run.training_set.held_out.clear()
-    assert judge(*arguments(run), 1).held_out_loss is None
+    assert judge(run, 1).held_out_loss is None
 
 
 def test_training_goes_on_as_if_nobody_had_judged(trainer):
     plain, judged = trainer(), trainer()
     for step in range(3):
-        judge(*arguments(judged), step)
+        judge(judged, step)
         assert judged.train_step(step)["loss"] == plain.train_step(step)["loss"]
 
 
 def test_whole_pictures_are_measured_and_no_regularization_pictures(trainer, tmp_path):
     run = trainer()
-    first = judge(*arguments(run), 0)
+    first = judge(run, 0)
     for index in range(4):
         run.training_set.mask_paths[index] = tmp_path / "masks" / "m" / f"{index}.safetensors"
         write_entry(run.training_set.mask_paths[index], {"mask": torch.eye(16)[None]})
         run.training_set.mirrored_paths[index] = run.training_set.latent_paths[index - 1]
-    assert judge(*arguments(run), 0) == first
+    assert judge(run, 0) == first
     subset = run.training_set.subsets[0]
     run.training_set.subsets[:] = [subset, replace(subset, regularization=True)]
     run.training_set.pictures[1] = replace(run.training_set.pictures[1], subset=1)
-    expected = mean_loss(run.unet, run.training_set, [0, 2, 3], *arguments(run)[2:])
-    assert judge(*arguments(run), 0).training_loss == expected != first.training_loss
+    expected = mean_loss(run, [0, 2, 3], run.plan)
+    assert judge(run, 0).training_loss == expected != first.training_loss
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
@@ -63,7 +59,7 @@ def test_mean_by_hand_and_independent_of_batch_size(trainer, batch_size):
                 prediction = run.unet(noisy.float(), torch.tensor([timestep]), batch.encoder_hidden_states,
                                       added_cond_kwargs={"text_embeds": batch.pooled, "time_ids": batch.time_ids}).sample
             expected.append((prediction - noise).double().square().mean().item())
-    got = mean_loss(run.unet, run.training_set, [0, 2], plain, *arguments(run)[3:])
+    got = mean_loss(run, [0, 2], plain)
     assert got == pytest.approx(sum(expected) / len(expected), rel=1e-5)
     chosen = judge_module._some([0, 2], 42)
     assert chosen == [0, 2]

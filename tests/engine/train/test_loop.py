@@ -232,7 +232,7 @@ def test_norms_are_limited_after_each_step(trainer):
 @pytest.mark.parametrize("setting", ["network_dropout", "rank_dropout", "module_dropout"])
 def test_dropout_acts_in_steps_repeatably_and_not_in_measurements(trainer, setting):
     runs = [trainer(), trainer(**{setting: 0.5}), trainer(**{setting: 0.5})]
-    measured = {judge(run.unet, run.training_set, run.plan, run.placement, run.schedule, run.scaling_factor, 0) for run in runs}
+    measured = {judge(run, 0) for run in runs}
     assert len(measured) == 1
     plain, dropped, again = (run.train_step(0)["loss"] for run in runs)
     assert plain != dropped == again

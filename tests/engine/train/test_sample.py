@@ -10,7 +10,7 @@ from PIL import Image
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from crumb.engine.data.caches import cache_prompts
-from crumb.engine.data.prepare import TrainingSet
+from crumb.engine.data.prepare import load_entry
 from crumb.engine.memory.placement import Placement
 from crumb.engine.model.load import load_text_encoders, load_unet
 from crumb.engine.model.text import encode_prompts
@@ -36,8 +36,8 @@ def draw(tiny_base, tmp_path, make_plan):
         draw.unet = load_unet(base, torch.float32)
         draw.num_passes = 0
         draw.unet.register_forward_hook(lambda *_: setattr(draw, "num_passes", draw.num_passes + 1))
-        drawn = sample_pictures(draw.unet, TrainingSet([], [], [], [], paths, {}, [], "base"), plan, base, PLACEMENT,
-                                tmp_path, 7)
+        entries = {text: load_entry(path) for text, path in paths.items()}
+        drawn = sample_pictures(draw.unet, entries, plan, base, PLACEMENT, tmp_path, 7)
         assert [path.name for path in drawn] == [f"step-000007-{index}.png" for index in range(len(prompts))]
         return [np.asarray(Image.open(path), int) for path in drawn]
     return draw

@@ -1,0 +1,83 @@
+"""Text encoders that learn: their own rates, when they stop, and that pictures and measurements see what they learned."""
+
+import pytest
+import torch
+
+from crumb.engine.model.text import encode_prompts
+from crumb.engine.train.judge import judge
+from crumb.profiles.sample_prompts import sample_prompts, texts_of
+
+BOTH = {"text_encoder_learning_rate": 5e-4, "text_encoder_2_learning_rate": 2e-4, "scheduler": "constant",
+        "optimizer_args": {"weight_decay": 0.0}}
+
+
+def weights(run, prefix: str) -> torch.Tensor:
+    return torch.cat([layer.lora_B.detach().flatten() for stem, layer in run.network.layers.items() if stem.startswith(prefix)])
+
+
+def test_each_part_moves_at_its_own_rate(trainer):
+    """AdamW's first step moves every value by the rate itself."""
+    run = trainer(**BOTH)
+    before = {prefix: weights(run, prefix) for prefix in ("lora_unet", "lora_te1", "lora_te2")}
+    run.train_step(0)
+    for prefix, rate in (("lora_unet", 1e-3), ("lora_te1", 5e-4), ("lora_te2", 2e-4)):
+        moved = (weights(run, prefix) - before[prefix]).abs()
+        assert moved.median().item() == pytest.approx(rate, rel=1e-2), prefix
+
+
+def test_gradients_are_those_of_a_loss_through_the_encoders(trainer):
+    """A small step of one LoRA weight changes the loss as its gradient says."""
+    run = trainer(**BOTH)
+    layer = next(layer for stem, layer in run.network.layers.items() if stem.startswith("lora_te2") and "q_proj" in stem)
+    loss = run._accumulate_gradients(0)[0]
+    direction = layer.lora_B.grad / layer.lora_B.grad.norm()
+    step = 0.05
+    with torch.no_grad():
+        layer.lora_B += step * direction
+        higher = run._accumulate_gradients(0)[0]
+        layer.lora_B -= 2 * step * direction
+        lower = run._accumulate_gradients(0)[0]
+    run.network.train(False)
+    slope = (higher - lower) / (2 * step)
+    first = trainer(**BOTH)
+    first._accumulate_gradients(0)
+    expected = next(one for stem, one in first.network.layers.items()
+                    if stem.startswith("lora_te2") and "q_proj" in stem).lora_B.grad.norm().item()
+    assert slope == pytest.approx(expected, rel=0.05) and loss != higher
+
+
+def test_they_stop_when_the_plan_says(trainer):
+    run = trainer(text_encoder_stop_after=0.2, **BOTH)
+    run.train_step(0)
+    run.train_step(1)
+    stopped, unet = weights(run, "lora_te"), weights(run, "lora_unet")
+    run.train_step(2)
+    assert torch.equal(weights(run, "lora_te"), stopped) and not torch.equal(weights(run, "lora_unet"), unet)
+
+
+def test_samples_and_measurements_see_what_they_learned(trainer):
+    run = trainer(sample_prompts=["a cat --n a dog"], **BOTH)
+    texts = texts_of(sample_prompts(run.plan))
+    before, measured = run.prompt_entries(texts), judge(run, 0)
+    with torch.no_grad():
+        for stem, layer in run.network.layers.items():
+            if stem.startswith("lora_te"):
+                layer.lora_B += 0.3
+    after = run.prompt_entries(texts)
+    assert list(after) == ["a cat", "a dog"] and judge(run, 0) != measured
+    assert (after["a cat"]["pooled"] - before["a cat"]["pooled"]).abs().max() > 1e-3
+    hidden, _ = encode_prompts(run.encoders, ["a dog"])
+    assert torch.equal(after["a dog"]["encoder_hidden_states"], hidden[0].detach())
+
+
+def test_captions_vary_by_view_and_repeat_after_a_resume(trainer):
+    def shown(run, step):
+        seen = []
+        real = run.training_set.text
+        object.__setattr__(run.training_set, "text", lambda index, view="": seen.append(real(index, view)) or seen[-1])
+        run._accumulate_gradients(step)
+        return seen
+    settings = {"batch_size": 4, "caption_prefix": "p", "caption_dropout": 0.4, **BOTH}
+    texts = [text for step in range(12) for text in shown(trainer(**settings), step)]
+    assert 8 < texts.count("") < 32 and all(text.startswith("p caption") for text in texts if text)
+    assert [text for step in range(12) for text in shown(trainer(**settings), step)] == texts
