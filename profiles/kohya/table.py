@@ -248,6 +248,8 @@ MACHINE = (
     _own("cache_latents vae_tiling", (), "sd-scripts caches latents as well, and tiles by itself", ignored=True),
     _ignored("cache_text_encoder_outputs cache_text_encoder_outputs_to_disk text_encoder_batch_size",
              "crumb keeps what the text encoders make of captions wherever it can"),
+    _own("caption_variants", (), "sd-scripts shuffles anew each time, and then can't cache what the text encoders make",
+         ignored=True),
     _ignored("no_half_vae", "crumb chooses the VAE's precision"),
     _ignored("xformers sdpa mem_eff_attn split_attn", "crumb chooses the fastest attention"),
     _ignored("lowram highvram lowvram torch_compile compile disable_mmap_load_safetensors blocks_to_swap "

@@ -39,7 +39,8 @@ def crumb(*arguments, **environment):
 def plan(tiny_base, photographs, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("plan") / "plan.toml"
     done = crumb("plan", "--images", photographs, "--base", tiny_base, *COMMON, "--set", "learning_rate=1e-3",
-                 "--set", "save_precision=float", "--set", "conv_rank=2", "--out", path)
+                 "--set", "save_precision=float", "--set", "conv_rank=2", "--set", "shuffle_captions=true",
+                 "--set", "caption_dropout=0.2", "--set", "caption_variants=3", "--out", path)
     assert done.returncode == 0, done.stderr
     return path
 
@@ -253,7 +254,7 @@ def test_a_run_goes_on_from_a_lora_file(plan, straight, tmp_path):
 
 @pytest.fixture(scope="module")
 def rich_plan(tiny_base, photographs, tmp_path_factory) -> Path:
-    """Mirrored views, alpha masks, a subset and regularization pictures, all at once."""
+    """Mirrored views, alpha masks, a subset, regularization pictures and learning text encoders, all at once."""
     folder = tmp_path_factory.mktemp("rich")
     for name in ("own", "more", "reg"):
         (folder / name).mkdir()
@@ -265,6 +266,8 @@ def rich_plan(tiny_base, photographs, tmp_path_factory) -> Path:
     done = crumb("plan", "--images", folder / "own", "--base", tiny_base, *COMMON, "--flip", "--set", "masked_loss=alpha",
                  "--subset", f"images={folder / 'more'},repeats=2,loss_weight=0.5,masked_loss=off",
                  "--set", f"regularization={folder / 'reg'}", "--set", "prior_loss_weight=0.25", "--set", "save_every=5",
+                 "--set", "text_encoder_learning_rate=1e-4", "--set", "text_encoder_2_learning_rate=1e-4",
+                 "--set", "sample_every=12", "--set", "sample_steps=2",
                  "--set", "steps=12", "--out", folder / "plan.toml")
     assert done.returncode == 0, done.stderr
     return folder / "plan.toml"
@@ -277,7 +280,12 @@ def test_flips_masks_and_regularization_resume_to_the_same_bytes_and_nothing_els
     events = read_events(straight / "crumbtest" / "events.jsonl")[0]
     (numbers,) = [event for event in events if event["type"] == "numbers"]
     assert (numbers["num_pictures"], numbers["num_regularization"]) == (4, 2)
-    metadata = safe_open(straight / "crumbtest" / "crumbtest.safetensors", "pt").metadata()
+    result = straight / "crumbtest" / "crumbtest.safetensors"
+    ups = {key: tensor for key, tensor in load_file(result).items() if key.endswith("lora_up.weight")}
+    for part in ("lora_unet", "lora_te1", "lora_te2"):
+        assert all(tensor.abs().max() > 0 for key, tensor in ups.items() if key.startswith(part)), part
+    assert sum(key.startswith("lora_te") for key in ups) > 12 and crumb("verify", result).returncode == 0
+    metadata = safe_open(result, "pt").metadata()
     assert list(json.loads(metadata["ss_reg_dataset_dirs"])) == ["1_reg"] and metadata["ss_prior_loss_weight"] == "0.25"
 
     process = subprocess.Popen([sys.executable, "-P", "-m", "crumb.wizard", "train", str(rich_plan), "--plain"],

@@ -6,8 +6,12 @@ from crumb.profiles.errors import RequestError
 from crumb.profiles.plan import check_value, dump_plan, parse_plan, plan_fields, with_absolute_paths
 from crumb.profiles.subsets import INHERITED, Subset, effective_subsets, subset_as_text, subset_from_text
 
-PLAN = {"repeats": 4, "trigger": "ohwx", "class_word": "cat", "flip": True, "masked_loss": "alpha"}
-OTHER = {"repeats": 7, "trigger": "zwx", "class_word": "dog", "flip": False, "masked_loss": "files"}
+PLAN = {"repeats": 4, "trigger": "ohwx", "class_word": "cat", "flip": True, "masked_loss": "alpha",
+        "shuffle_captions": True, "keep_tokens": 2, "tag_dropout": 0.1, "caption_dropout": 0.2, "caption_prefix": "p",
+        "caption_suffix": "s"}
+OTHER = {"repeats": 7, "trigger": "zwx", "class_word": "dog", "flip": False, "masked_loss": "files",
+         "shuffle_captions": False, "keep_tokens": 0, "tag_dropout": 0.3, "caption_dropout": 0.4, "caption_prefix": "q",
+         "caption_suffix": "t"}
 
 
 def test_a_subset_has_the_plans_values_where_it_says_nothing(make_plan):
