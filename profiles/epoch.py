@@ -48,7 +48,11 @@ class Epoch:
 
     def counts(self) -> dict[Size, int]:
         """Views of each bucket."""
-        return {size: len(views) for size, views in self.buckets(0).items()}
+        counts = {size: len(views) for size, views in self.trained.items()}
+        for size, rotation in self.regularization.items():
+            if rotation.num_views:
+                counts[size] = counts.get(size, 0) + rotation.num_views
+        return counts
 
     def num_batches(self, batch_size: int) -> int:
         return steps_per_epoch(self.counts(), batch_size)

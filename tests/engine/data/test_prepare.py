@@ -107,9 +107,9 @@ def folders(tmp_path):
     for place in ("own/plain", "own/masked", "faces/face", "reg/r1", "reg/r2", "reg/r3"):
         path = tmp_path / f"{place}.png"
         path.parent.mkdir(exist_ok=True)
-        Image.effect_noise((140, 128), 90).convert("RGB").save(path)
-    mask = Image.new("L", (140, 128))
-    mask.paste(255, (70, 0, 140, 128))
+        Image.effect_noise((141, 128), 90).convert("RGB").save(path)
+    mask = Image.new("L", (141, 128))
+    mask.paste(255, (70, 0, 141, 128))
     mask.save(tmp_path / "own/masked-masklabel.png")
     (tmp_path / "own/plain.txt").write_text("a cat")
     (tmp_path / "reg/r1.txt").write_text("some dog")
@@ -164,9 +164,8 @@ def test_mirrored_views(prepare_from, tiny_base):
         for batch, mean in ((plain, posterior.mean[0]), (mirrored, posterior.mean[1])):
             torch.testing.assert_close(batch.latent_mean[row], mean, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(plain.latent_mean, mirrored.latent_mean)
-    crop = training_set.crops[at["masked"]]
-    assert crop.left + crop.width < crop.resized_width
-    assert mirrored.time_ids[0, 3] == crop.resized_width - crop.left - crop.width
+    assert (plain.time_ids[0].tolist(), mirrored.time_ids[0].tolist()) == (
+        [128, 141, 0, 6, 128, 128], [128, 141, 0, 7, 128, 128])
     assert torch.equal(mirrored.masks, plain.masks.flip(-1)) and not torch.equal(mirrored.masks, plain.masks)
     half = training_set.batch(indices, [False, True])
     assert torch.equal(half.latent_mean[0], plain.latent_mean[0]) and torch.equal(half.latent_mean[1], mirrored.latent_mean[1])
@@ -189,7 +188,7 @@ def test_masks_reach_the_batch(folders, prepare_from):
     training_set, at, events = prepare_from(masked_loss="files", regularization=str(folders / "reg"))
     assert list(training_set.mask_paths) == [at["masked"]]
     both = training_set.batch([at["masked"], at["plain"]]).masks
-    # 140 columns, 6 cut on either side: white begins at column 64 of 128, which is 8 of 16.
+    # 141 columns, 6 cut on the left and 7 on the right: white begins at column 64 of 128, which is 8 of 16.
     assert both.shape == (2, 1, 16, 16) and both[0, :, :, :8].sum() == 0 and (both[0, :, :, 8:] == 1).all()
     assert (both[1] == 1).all() and training_set.batch([at["plain"], at["r1"]]).masks is None
     warnings = [event["text"] for event in events if event["type"] == "warning"]
@@ -228,7 +227,7 @@ def test_the_digest_covers_all_that_a_batch_is_made_of(folders, prepare_from):
     digests = [prepare_from(**settings)[0].digest() for settings in variants]
     assert len(set(digests)) == len(variants) and digests[0] == prepare_from()[0].digest()
     masked = prepare_from(masked_loss="files")[0].digest()
-    Image.new("L", (140, 128), 200).save(folders / "own/masked-masklabel.png")
+    Image.new("L", (141, 128), 200).save(folders / "own/masked-masklabel.png")
     assert prepare_from(masked_loss="files")[0].digest() != masked, "a mask painted anew is another run"
     assert prepare_from()[0].digest() == digests[0]
 
