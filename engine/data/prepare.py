@@ -131,10 +131,11 @@ def time_ids(picture: Picture, crop: Crop, mirrored: bool = False) -> list[float
 
 
 def prepare(plan: Plan, base: BaseModel, scan: Scan, placement: Placement, events: EventWriter,
-            progress: Callable[[str], OnProgress]) -> TrainingSet:
+            progress: Callable[[str], OnProgress], share: tuple[int, int] = (0, 1)) -> TrainingSet:
     """Encodes what no earlier run has encoded; only one encoder is in memory at any time.
 
-    `progress` gives each phase its callback.
+    `progress` gives each phase its callback. With share (r, n) this is one of n processes that encode in turns; what it
+    returns can be used when all are done.
     """
     subsets = effective_subsets(plan)
     crops = plan_crops(scan.pictures, plan.resolution, plan.buckets, plan.upscale)
@@ -160,13 +161,14 @@ def prepare(plan: Plan, base: BaseModel, scan: Scan, placement: Placement, event
         lambda: load_vae(base, vae_path, placement.encoder_dtype, placement.device),
         fingerprint(vae_path) if vae_path else base_sha256, precision, cache_dir() / "latents",
         tiled=plan.vae_tiling, on_progress=progress("cache latents"), device=placement.device,
+        share=share,
     )
     events.emit("phase", phase="cache captions")
     prompt_paths = cache_prompts(
         [*captions, *texts_of(sample_prompts(plan)), ""],
         lambda: load_text_encoders(base, placement.encoder_dtype, placement.device),
         encode_prompts, base_sha256, precision, cache_dir() / "prompts",
-        on_progress=progress("cache captions"),
+        on_progress=progress("cache captions"), share=share,
     )
     return TrainingSet(scan.pictures, crops, captions, paths[: len(views)], prompt_paths, epoch, held_out, base_sha256, subsets,
                        dict(zip(mirrored, paths[len(views):])), mask_paths)
