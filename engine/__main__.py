@@ -44,6 +44,8 @@ def _work(run: RunDirectory) -> int:
     """Runs the job and puts its end, whatever it is, into state.json and events.jsonl."""
     saved = max((int(path.name.removeprefix("step-")) for path in run.checkpoints.glob("step-*")), default=0)
     rank, count = launched_as()
+    for folder in (run.control, run.checkpoints, run.samples):  # missing where a run was laid out by hand for two machines
+        folder.mkdir(mode=0o700, exist_ok=True)
     events, status = (EventWriter(run.events), Status(run, step=saved)) if rank == 0 else (SilentEvents(), SilentStatus(saved))
     state, code, message = "failed", 1, ""
     # Until the loop takes over, a request to end is an interrupt: nothing is lost before the first step.
