@@ -4,16 +4,22 @@ import logging
 import os
 import signal
 import sys
+import time
+from contextlib import nullcontext
 from pathlib import Path
 
 from crumb.engine.optional import hide_broken_packages
 from crumb.engine.run.control import clear_requests
 from crumb.engine.run.directory import RunDirectory, engine_lock
-from crumb.engine.run.events import EventWriter
-from crumb.engine.run.status import Status
+from crumb.engine.run.events import EventWriter, SilentEvents
+from crumb.engine.run.launch import launched_as
+from crumb.engine.run.status import SilentStatus, Status
 from crumb.profiles.errors import BusyError, CrumbError
 
 log = logging.getLogger("crumb")
+
+GRACE_S = 3.0
+"""A launcher ends all processes as soon as one ends badly; so much longer than the others the first has for its last words."""
 
 
 def main(arguments: list[str]) -> int:
@@ -22,10 +28,12 @@ def main(arguments: list[str]) -> int:
         return 2
     os.umask(0o077)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    rank, count = launched_as()
+    logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING,
+                        format=f"%(asctime)s %(levelname)s {f'process {rank}: ' if count > 1 else ''}%(message)s")
     run = RunDirectory(Path(arguments[0]).absolute())
     try:
-        with engine_lock(run):
+        with engine_lock(run) if rank == 0 else nullcontext():
             return _work(run)
     except BusyError as error:
         print(f"crumb: {error}", file=sys.stderr)
@@ -35,10 +43,13 @@ def main(arguments: list[str]) -> int:
 def _work(run: RunDirectory) -> int:
     """Runs the job and puts its end, whatever it is, into state.json and events.jsonl."""
     saved = max((int(path.name.removeprefix("step-")) for path in run.checkpoints.glob("step-*")), default=0)
-    events, status = EventWriter(run.events), Status(run, step=saved)
+    rank, count = launched_as()
+    for folder in (run.control, run.checkpoints, run.samples):  # missing where a run was laid out by hand for two machines
+        folder.mkdir(mode=0o700, exist_ok=True)
+    events, status = (EventWriter(run.events), Status(run, step=saved)) if rank == 0 else (SilentEvents(), SilentStatus(saved))
     state, code, message = "failed", 1, ""
     # Until the loop takes over, a request to end is an interrupt: nothing is lost before the first step.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.default_int_handler if count == 1 else _launcher_ends_all)
     try:
         hide_broken_packages(lambda text: events.emit("warning", text=text))
         from crumb.engine.job import run_job  # torch takes seconds: the lock and the first state come before it
@@ -49,7 +60,8 @@ def _work(run: RunDirectory) -> int:
         code, message = error.exit_code, str(error)
         log.error(message)
     except KeyboardInterrupt:
-        clear_requests(run)
+        if rank == 0:
+            clear_requests(run)
         state, code, message = "stopped", 3, "stopped before the first step"
     except Exception as error:
         log.exception("the run failed")
@@ -58,7 +70,14 @@ def _work(run: RunDirectory) -> int:
         events.emit("error" if state == "failed" else "stopped", text=message, step=status.step)
     status.close(state=state, exit_code=code, message=message)
     events.close()
+    if rank and code:
+        time.sleep(GRACE_S)
     return code
+
+
+def _launcher_ends_all(*_) -> None:
+    raise CrumbError("The launcher ended this run before its first step, or another of its processes ended. What that one said "
+                     "is in the log.")
 
 
 def _explain(error: Exception, run: RunDirectory) -> str:

@@ -3,9 +3,8 @@
 import hashlib
 import json
 import logging
-import signal
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -13,7 +12,7 @@ from pathlib import Path
 import torch
 
 from crumb.engine.data.prepare import TrainingSet, prepare
-from crumb.engine.memory.placement import Placement, choose_placement
+from crumb.engine.memory.placement import Placement, choose_placement, settle_torch
 from crumb.engine.model.config import VAE_SCALING_FACTOR
 from crumb.engine.model.load import load_text_encoders, load_unet
 from crumb.engine.network.lora import Network, attach_lora
@@ -22,7 +21,7 @@ from crumb.engine.network.read import start_from
 from crumb.engine.network.save import save_lora
 from crumb.engine.network.text import attach_text_lora
 from crumb.engine.network.verify import verify_lora
-from crumb.engine.run.control import progress_reporter, take_request
+from crumb.engine.run.control import catch_signals, progress_reporter, take_request
 from crumb.engine.run.directory import RunDirectory, write_atomic
 from crumb.engine.run.events import EventWriter
 from crumb.engine.run.status import Status
@@ -38,6 +37,7 @@ from crumb.engine.train.judge import judge
 from crumb.engine.train.loop import Trainer
 from crumb.engine.train.noise import alphas_cumprod
 from crumb.engine.train.optimizer import make_optimizer
+from crumb.engine.train.parallel import Processes, join_processes
 from crumb.engine.train.sample import sample_pictures
 from crumb.engine.train.trackers import finish_trackers, start_trackers, track
 from crumb.profiles.base_model import BaseModel
@@ -48,8 +48,6 @@ from crumb.profiles.sample_prompts import sample_prompts, texts_of
 from crumb.profiles.verdict import Judged, best_of, verdict
 
 log = logging.getLogger("crumb")
-
-SMALL_UNET_PARAMETERS = 100_000_000
 
 CHANGEABLE = {
     "name", "created", "gradient_checkpointing", "cache_latents", "vae_tiling", "vram_gib", "skip_broken", "save_precision",
@@ -84,43 +82,38 @@ def run_job(run: RunDirectory, events: EventWriter, status: Status) -> int:
     """Works the run to its end, or to a stop on request; returns the exit code (0 done, 3 stopped)."""
     started = time.monotonic()
     plan = load_plan(run.plan)
-    placement = choose_placement(plan)
+    processes = join_processes(plan.device)
+    # From here on the plan's accumulation is that of all processes: N of them are one that accumulates N times as much.
+    plan = replace(plan, gradient_accumulation_steps=plan.gradient_accumulation_steps * processes.count)
+    placement = processes.together(lambda: choose_placement(plan))
     events.emit("phase", phase="scan")
     status.update(phase="scan", steps=plan.steps)
     progress = partial(progress_reporter, run, events)
-    facts = preflight(plan, progress("scan"))
+    facts = processes.together(lambda: preflight(plan, progress("scan")))
 
     settle_torch(facts.base, placement)
     status.update(phase="cache")
-    training_set = prepare(plan, facts.base, facts.scan, placement, events, progress)
+    training_set = processes.together(
+        lambda: prepare(plan, facts.base, facts.scan, placement, events, progress, processes.share))
 
     status.update(phase="load")
     events.emit("phase", phase="load")
-    job, step = _assemble(run, plan, facts.base, placement, training_set, events, status)
-    job.trackers = start_trackers(plan, run)
+    job, step = _assemble(run, plan, facts.base, placement, training_set, events, status, processes)
+    job.trackers = processes.together(lambda: start_trackers(plan, run) if processes.is_first else [])
     step = _train(job, step)
     finish_trackers(job.trackers)
-    if step < plan.steps:
+    is_stopped = step < plan.steps
+    if processes.is_first and is_stopped:
         _save(job, step)
         events.emit("stopped", step=step)
-        return 3
-    _finish(job, time.monotonic() - started)
-    return 0
-
-
-def settle_torch(base: BaseModel, placement: Placement) -> None:
-    """The same sums in the same order every time; and threads where they help."""
-    if placement.device.type == "cuda":
-        # cuBLAS reads its part (CUBLAS_WORKSPACE_CONFIG) from the environment that the launcher sets.
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.backends.cudnn.benchmark = False
-    elif base.num_unet_parameters < SMALL_UNET_PARAMETERS:
-        # Tiny layers gain 4 % from a second thread on a quiet machine and lose 200 % beside one busy process.
-        torch.set_num_threads(1)
+    elif processes.is_first:
+        _finish(job, time.monotonic() - started)
+    processes.leave()
+    return 3 if is_stopped else 0
 
 
 def _assemble(run: RunDirectory, plan: Plan, base: BaseModel, placement: Placement, training_set: TrainingSet,
-              events: EventWriter, status: Status) -> tuple[Job, int]:
+              events: EventWriter, status: Status, processes: Processes) -> tuple[Job, int]:
     """U-Net, network, optimizer and, where there is one, the newest checkpoint; returns the last finished step too."""
     unet = load_unet(base, placement.dtype, placement.device)
     network = attach_lora(unet, plan)
@@ -136,18 +129,21 @@ def _assemble(run: RunDirectory, plan: Plan, base: BaseModel, placement: Placeme
                                lambda text: events.emit("warning", text=text))
     scaler = torch.amp.GradScaler(placement.device.type, enabled=placement.dtype == torch.float16)
     trainer = Trainer(plan, unet, network, optimizer, scaler, training_set, placement,
-                      alphas_cumprod(plan.zero_terminal_snr), VAE_SCALING_FACTOR, events, status, encoders)
+                      alphas_cumprod(plan.zero_terminal_snr), VAE_SCALING_FACTOR, events, status, encoders, processes)
     belongs_to = {"plan.toml": plan_digest(plan), "base model": training_set.base_sha256,
                   "set of pictures and captions": training_set.digest()}
     job = Job(run, plan, base, placement, training_set, trainer, belongs_to)
 
     step = 0
-    found = load_checkpoint(run, belongs_to, lambda text: events.emit("warning", text=text), _belongs_to_another)
+    found = processes.together(
+        lambda: load_checkpoint(run, belongs_to, lambda text: events.emit("warning", text=text), _belongs_to_another))
     if found:
         state, tensors = found
         restore(state, tensors, network, optimizer, scaler)
         step, trainer.loss_smoothed = state["step"], state["progress"]["loss_smoothed"]
         job.history = [Judged(**judged) for judged in state["progress"]["judged"]]
+    # An optimizer differs where one machine lacks the package that the plan names.
+    processes.require_same(belongs_to | {"checkpoint to go on from": str(step), "optimizer": str(type(optimizer))})
     status.update(step=step)
     events.emit("started", pid=status.pid, device=_device_name(placement), step=step, steps=plan.steps,
                 versions={name: version(name) for name in VERSIONS})
@@ -156,7 +152,10 @@ def _assemble(run: RunDirectory, plan: Plan, base: BaseModel, placement: Placeme
     events.emit("numbers", num_pictures=len(training_set.pictures) - num_regularization,
                 num_regularization=num_regularization, num_buckets=len(training_set.epoch.counts()),
                 steps_per_epoch=num_batches / plan.gradient_accumulation_steps, steps=plan.steps,
-                num_parameters=network.num_parameters, placement=placement.describe())
+                num_parameters=network.num_parameters, placement=placement.describe(), num_processes=processes.count,
+                pictures_per_step=plan.batch_size * plan.gradient_accumulation_steps)
+    if processes.count > 1:
+        events.emit("warning", text=processes.describe(plan.batch_size, plan.gradient_accumulation_steps))
     return job, step
 
 
@@ -171,28 +170,36 @@ def _start_from(network: Network, path: Path, events: EventWriter) -> None:
 def _train(job: Job, step: int) -> int:
     """Steps until the plan is fulfilled or somebody asks to stop; returns the last finished step."""
     plan, trainer, events = job.plan, job.trainer, job.events
-    wants_stop = _catch_signals()
+    wants_stop = catch_signals()
     trainer.status.update(state="training", phase="train", step=step)
     events.emit("phase", phase="train")
-    if step == 0:
+    is_first = trainer.processes.is_first
+    if step == 0 and is_first:
         _judge(job, 0)
         if plan.sample_every:
             _sample(job, 0)
     while step < plan.steps:
-        if wants_stop() or take_request(job.run, "stop"):
+        if trainer.processes.first_says(lambda: wants_stop() or take_request(job.run, "stop")):
             break
+        trainer.processes.require_same_weights(step, trainer.network.parameters())
         fields = trainer.train_step(step)
         events.emit("step", **fields)
         _track(job, fields)
         step += 1
         trainer.status.update(step=step)
-        last = step == plan.steps
-        is_best = _judge(job, step) if last or (plan.judge_every and step % plan.judge_every == 0) else False
-        if take_request(job.run, "save") or (not last and (is_best or (plan.save_every and step % plan.save_every == 0))):
-            _save(job, step)
-        if take_request(job.run, "sample") or (plan.sample_every and (step % plan.sample_every == 0 or last)):
-            _sample(job, step)
+        if is_first:  # the others wait for the next step's question
+            _after_step(job, step)
     return step
+
+
+def _after_step(job: Job, step: int) -> None:
+    """Judges, saves and samples where it is time or was asked for."""
+    plan, last = job.plan, step == job.plan.steps
+    is_best = _judge(job, step) if last or (plan.judge_every and step % plan.judge_every == 0) else False
+    if take_request(job.run, "save") or (not last and (is_best or (plan.save_every and step % plan.save_every == 0))):
+        _save(job, step)
+    if take_request(job.run, "sample") or (plan.sample_every and (step % plan.sample_every == 0 or last)):
+        _sample(job, step)
 
 
 def _track(job: Job, fields: dict) -> None:
@@ -281,14 +288,6 @@ def _metadata(job: Job, step: int) -> dict[str, str]:
     return lora_metadata(job.plan, training_set.base_sha256, pictures, crops, captions, step)
 
 
-def _catch_signals():
-    """SIGTERM and SIGINT ask for a stop after the step; returns the question whether one came."""
-    asked = []
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: asked.append(True))
-    return lambda: bool(asked)
-
-
 def plan_digest(plan: Plan) -> str:
     """Of the settings that the result depends on; the others may be changed between stop and resume."""
     settings = {name: value for name, value in asdict(plan).items() if name not in CHANGEABLE}
@@ -297,7 +296,8 @@ def plan_digest(plan: Plan) -> str:
 
 
 def _belongs_to_another(what: str) -> RequestError:
-    return RequestError(f"The {what} is not what this run's checkpoints were made with. Undo the change to go on, or "
+    count = " The number of GPUs is part of it, as gradient_accumulation_steps x GPUs." if what == "plan.toml" else ""
+    return RequestError(f"The {what} is not what this run's checkpoints were made with.{count} Undo the change to go on, or "
                         f"start a new run under another name.")
 
 

@@ -3,6 +3,7 @@
 Torch-free, and fine without a driver: "no GPU" is an answer here, not an error.
 """
 
+import os
 import re
 import tomllib
 from dataclasses import dataclass
@@ -68,6 +69,20 @@ def detect_gpu(index: int = 0) -> Gpu | None:
         pynvml.nvmlShutdown()
     name = name if isinstance(name, str) else name.decode()
     return Gpu(name, round(memory.total / GIB, 1), float(f"{major}.{minor}"), free_gib=memory.free / GIB)
+
+
+def count_gpus() -> int:
+    """The cards in this machine that CUDA_VISIBLE_DEVICES leaves to us; 0 without an NVIDIA driver."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        count = pynvml.nvmlDeviceGetCount()
+        pynvml.nvmlShutdown()
+    except Exception:  # as in detect_gpu
+        return 0
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return count if visible is None else min(count, len([name for name in visible.split(",") if name.strip()]))
 
 
 def _with_vram(gpu: Gpu, vram_gib: float) -> Gpu:

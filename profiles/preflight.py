@@ -6,7 +6,7 @@ from pathlib import Path
 from crumb.profiles.base_model import BaseModel, check_vae, inspect_base_model
 from crumb.profiles.dataset import Scan, scan_subsets
 from crumb.profiles.errors import RequestError
-from crumb.profiles.hardware import detect_gpu
+from crumb.profiles.hardware import count_gpus, detect_gpu
 from crumb.profiles.interview import check_scan
 from crumb.profiles.plan import Plan
 from crumb.profiles.safetensors_header import read_header
@@ -37,6 +37,16 @@ def preflight(plan: Plan, on_progress=None) -> Facts:
     scan = scan_subsets(effective_subsets(plan), on_progress=on_progress)
     check_scan(scan, plan.skip_broken)
     return Facts(base, scan)
+
+
+def check_gpus(plan: Plan, wanted: int) -> None:
+    """RequestError where this machine has fewer GPUs than a run is to be shared by."""
+    there = count_gpus()
+    if wanted == 1 or plan.device == "cpu" or wanted <= there:
+        return
+    have = "no GPU that answers" if there == 0 else f"only {there} GPU{'s' * (there > 1)} to use"
+    raise RequestError(f"--gpus {wanted} asks for {wanted} GPUs, but this machine has {have}. Give a smaller number, look at "
+                       f"`crumb doctor` and CUDA_VISIBLE_DEVICES, or see docs/parallel.md for several machines.")
 
 
 def _check_device(plan: Plan) -> None:

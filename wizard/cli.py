@@ -14,6 +14,7 @@ from crumb.profiles.errors import CrumbError
 
 EXIT_CODES = "exit codes: 0 done, 1 the run failed, 2 the request was wrong, 3 stopped on request, 75 busy now"
 MAX_STRENGTH = 5
+MAX_GPUS = 64
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -131,6 +132,9 @@ def _add_training(add) -> None:
     train.add_argument("plan", metavar="PLAN.toml", help="plan file, as `crumb plan` writes it")
     resume = add("resume", "go on with a stopped, failed or lost run from its last checkpoint", "crumb resume ohwx")
     resume.add_argument("name", metavar="RUN", help="run name or folder")
+    for command in (train, resume):
+        command.add_argument("--gpus", metavar="N", type=_count, default=1,
+                             help="share each step among N GPUs of this machine (default: 1; docs/parallel.md)")
     for command in (demo, train, resume):
         command.add_argument("--detach", action="store_true", help="start it and return at once")
         command.add_argument("--plain", action="store_true", help="print lines instead of a dashboard")
@@ -180,6 +184,12 @@ def _strengths(text: str) -> list[float]:
         raise argparse.ArgumentTypeError(f"{text!r} is no list of strengths; give numbers from -{MAX_STRENGTH} to "
                                          f"{MAX_STRENGTH} with commas between, such as 0.6,0.8,1.0")
     return strengths
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= MAX_GPUS:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of GPUs; give a whole number from 1 to {MAX_GPUS}")
+    return int(text)
 
 
 def _gib(text: str) -> float:

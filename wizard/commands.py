@@ -21,7 +21,7 @@ from crumb.engine.run.events import read_events
 from crumb.engine.run.launch import launch_engine
 from crumb.profiles.errors import BusyError, RequestError
 from crumb.profiles.plan import load_plan, parse_plan, with_absolute_paths
-from crumb.profiles.preflight import preflight
+from crumb.profiles.preflight import check_gpus, preflight
 
 NUM_LOG_LINES = 8
 TAIL_BYTES = 65536
@@ -34,6 +34,7 @@ def train(options) -> int:
     load_plan(path)
     text = with_absolute_paths(path.read_text(encoding="utf-8"), path.absolute().parent)
     plan = parse_plan(text, source=str(path))
+    check_gpus(plan, options.gpus)
     preflight(plan)
     run = create_run(plan.name, text)
     code = start_and_watch(run, options)
@@ -47,7 +48,9 @@ def resume(options) -> int:
     """`crumb resume RUN`."""
     run = find_run(options.name)
     check_resumable(run)
-    preflight(load_plan(run.plan))
+    plan = load_plan(run.plan)
+    check_gpus(plan, options.gpus)
+    preflight(plan)
     return start_and_watch(run, options)
 
 
@@ -64,7 +67,7 @@ def start_and_watch(run: RunDirectory, options) -> int:
     """Starts the engine on the run; watches it unless --detach. Ctrl+C in the dashboard asks it to stop and save."""
     from crumb.wizard.dashboard.live import watch as watch_run
 
-    process = start_engine(run)
+    process = start_engine(run, getattr(options, "gpus", 1))
     if not options.detach:
         return watch_run(run, process=process, plain=options.plain, ascii=options.ascii, stop_on_interrupt=True)
     if process.poll():
@@ -74,9 +77,9 @@ def start_and_watch(run: RunDirectory, options) -> int:
     return 0
 
 
-def start_engine(run: RunDirectory) -> subprocess.Popen:
+def start_engine(run: RunDirectory, gpus: int = 1) -> subprocess.Popen:
     clear_requests(run)
-    return launch_engine(run)
+    return launch_engine(run, gpus)
 
 
 def unused_name(name: str) -> str:

@@ -135,8 +135,11 @@ def cache_latents(
     tiled: bool,
     on_progress: OnProgress,
     device: torch.device | str,
+    share: tuple[int, int] = (0, 1),
 ) -> list[Path]:
     """Encodes what is not cached yet; returns one entry's path per view, in order.
+
+    With share (r, n) it is every n-th entry from the r-th on that is looked at and encoded; n processes do the others.
 
     An entry holds the posterior's `mean` and `std`, each (4, height / 8, width / 8) fp32 and not yet multiplied by
     the VAE's scaling factor, so a fresh sample is (mean + std * noise) * scaling_factor. `load_vae` is called only if
@@ -146,13 +149,16 @@ def cache_latents(
     paths: list[Path] = []
     digests: dict[Path, str] = {}
     missing: dict[Path, tuple[View, str]] = {}
+    numbers: dict[Path, int] = {}
     for view in views:
         file = view.picture.path
         if file not in digests:
             digests[file] = hashlib.sha256(read_bytes(file)).hexdigest()
         path = entry_path(folder, latents_key(digests[file], view.crop, fingerprint, precision, tiled, view.mirrored))
         paths.append(path)
-        if path not in missing and read_entry(path) is None:
+        # By its place among all, not among the missing ones: those change while the other processes work.
+        is_mine = numbers.setdefault(path, len(numbers)) % share[1] == share[0]
+        if is_mine and path not in missing and read_entry(path) is None:
             missing[path] = (view, digests[file])
         on_progress(len(paths) - len(missing), len(views))
     if missing:
@@ -232,15 +238,16 @@ def cache_prompts(
     folder: Path,
     *,
     on_progress: OnProgress,
+    share: tuple[int, int] = (0, 1),
 ) -> dict[str, Path]:
-    """Encodes the prompts that are not cached yet; returns each distinct prompt's entry.
+    """Encodes the prompts that are not cached yet; returns each distinct prompt's entry. `share` as in `cache_latents`.
 
     An entry holds `encoder_hidden_states` (77, D) and `pooled` (P,) in the dtype that `encode` gives; `encode` gets
     one prompt at a time, so that an entry never depends on its company. The text encoders are loaded only if
     something is missing and freed before this returns. Raises CrumbError that names the prompt.
     """
     paths = {prompt: entry_path(folder, prompt_key(prompt, fingerprint, precision)) for prompt in prompts}
-    missing = [prompt for prompt, path in paths.items() if read_entry(path) is None]
+    missing = [prompt for prompt, path in list(paths.items())[share[0]::share[1]] if read_entry(path) is None]
     done = len(paths) - len(missing)
     on_progress(done, len(paths))
     if missing:

@@ -154,10 +154,11 @@ def time_ids(picture: Picture, crop: Crop, mirrored: bool = False) -> list[float
 
 
 def prepare(plan: Plan, base: BaseModel, scan: Scan, placement: Placement, events: EventWriter,
-            progress: Callable[[str], OnProgress]) -> TrainingSet:
+            progress: Callable[[str], OnProgress], share: tuple[int, int] = (0, 1)) -> TrainingSet:
     """Encodes what no earlier run has encoded; only one encoder is in memory at any time.
 
-    `progress` gives each phase its callback.
+    `progress` gives each phase its callback. With share (r, n) this is one of n processes that encode in turns; what it
+    returns can be used when all are done.
     """
     subsets = effective_subsets(plan)
     crops = plan_crops(scan.pictures, plan.resolution, plan.buckets, plan.upscale)
@@ -183,6 +184,7 @@ def prepare(plan: Plan, base: BaseModel, scan: Scan, placement: Placement, event
         lambda: load_vae(base, vae_path, placement.encoder_dtype, placement.device),
         fingerprint(vae_path) if vae_path else base_sha256, precision, cache_dir() / "latents",
         tiled=plan.vae_tiling, on_progress=progress("cache latents"), device=placement.device,
+        share=share,
     )
     prompt_paths = {}
     if not plan.text_encoders_learn:
@@ -193,7 +195,7 @@ def prepare(plan: Plan, base: BaseModel, scan: Scan, placement: Placement, event
             lambda: load_text_encoders(base, placement.encoder_dtype, placement.device),
             partial(encode_prompts, clip_skip=plan.clip_skip, max_token_length=plan.max_token_length),
             text_fingerprint(base_sha256, plan), precision, cache_dir() / "prompts",
-            on_progress=progress("cache captions"),
+            on_progress=progress("cache captions"), share=share,
         )
     return TrainingSet(scan.pictures, crops, captions, paths[: len(views)], prompt_paths, epoch, held_out, base_sha256, subsets,
                        dict(zip(mirrored, paths[len(views):])), mask_paths, plan.num_caption_variants, plan.seed)

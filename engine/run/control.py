@@ -1,5 +1,6 @@
 """Requests to a running engine: one file each in control/, taken (deleted) by the engine between steps."""
 
+import signal
 import time
 from collections.abc import Callable
 
@@ -41,6 +42,14 @@ def progress_reporter(run: RunDirectory, events: EventWriter, phase: str) -> Cal
             events.emit("progress", phase=phase, done=done, total=total)
 
     return report
+
+
+def catch_signals() -> Callable[[], bool]:
+    """SIGTERM and SIGINT ask for a stop after the step; returns the question whether one came."""
+    asked = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: asked.append(True))
+    return lambda: bool(asked)
 
 
 def clear_requests(run: RunDirectory) -> None:

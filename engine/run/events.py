@@ -8,7 +8,7 @@ Every event has `time` (unix seconds) and `type`. The types and their fields:
     picture   path, size [w, h], bucket [w, h], resized [w, h], crop [left, top], cropped_share, repeats,
               regularization, flip (may be shown mirrored), mask (its path or null), loss_weight
     numbers   num_pictures, num_regularization (pictures beside them), num_buckets, steps_per_epoch, steps,
-              num_parameters, placement
+              num_parameters, placement, num_processes, pictures_per_step (of all processes together)
     step      step, epoch, loss, loss_smoothed, learning_rate, grad_norm, seconds, images_per_s,
               data_wait_s, vram_allocated_bytes, vram_reserved_bytes, vram_peak_bytes (on a GPU);
               skipped (true when NaN/Inf dropped it). The rate is the one in force: Prodigy's d is in it.
@@ -46,6 +46,16 @@ class EventWriter:
 
     def close(self) -> None:
         os.close(self._descriptor)
+
+
+class SilentEvents:
+    """What a process that is not the first of its run has for an EventWriter."""
+
+    def emit(self, type: str, **fields) -> None:
+        """Nothing is told: the first process says the same."""
+
+    def close(self) -> None:
+        """Nothing is open."""
 
 
 def read_events(path: Path, offset: int = 0) -> tuple[list[dict], int]:

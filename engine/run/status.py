@@ -9,6 +9,19 @@ from crumb.engine.run.directory import HEARTBEAT_S, RunDirectory, write_state
 log = logging.getLogger("crumb")
 
 
+class SilentStatus:
+    """What a process that is not the first of its run has for a Status."""
+
+    def __init__(self, step: int = 0):
+        self.pid, self.step = os.getpid(), step
+
+    def update(self, **fields) -> None:
+        self.step = fields.get("step", self.step)
+
+    def close(self, **fields) -> None:
+        """Nothing is written."""
+
+
 class Status:
     """The engine's side of state.json. Fields: state, phase, step, steps, pid, exit_code, message, heartbeat."""
 

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from crumb.engine.data.caches import cache_prompts
 from crumb.engine.data.prepare import load_entry, text_fingerprint
-from crumb.engine.job import settle_torch
-from crumb.engine.memory.placement import Placement, choose_placement
+from crumb.engine.memory.placement import Placement, choose_placement, settle_torch
 from crumb.engine.model.load import load_text_encoders, load_unet
 from crumb.engine.model.text import encode_prompts
 from crumb.engine.network.load import put_lora, set_strength

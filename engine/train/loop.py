@@ -18,6 +18,7 @@ from crumb.engine.run.events import EventWriter
 from crumb.engine.run.status import Status
 from crumb.engine.train.noise import step_generator
 from crumb.engine.train.optimizer import effective_rate
+from crumb.engine.train.parallel import Processes
 from crumb.engine.train.schedule import learning_rate_factor
 from crumb.engine.train.step import draw, forward_loss
 from crumb.engine.train.text import encode_batch, encode_texts, text_learns
@@ -48,6 +49,7 @@ class Trainer:
     status: Status
     encoders: TextEncoders | None = None
     """Kept where they learn; otherwise every text comes from the cache."""
+    processes: Processes = Processes()
     loss_smoothed: float | None = None
     skipped_in_a_row: int = 0
 
@@ -64,9 +66,6 @@ class Trainer:
         learning_rate = plan.learning_rate * learning_rate_factor(plan.scheduler, step, plan.steps, plan.warmup_ratio)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate * group["rate_factor"]
-        # Network-wide draws, such as dropout, must not depend on how often the run was stopped either.
-        torch.manual_seed(step_generator(plan.seed, step, -1).initial_seed())
-
         self.network.train(True)
         loss, num_pictures, data_wait_s = self._accumulate_gradients(step)
         self.network.train(False)
@@ -88,8 +87,11 @@ class Trainer:
         """Adds up the gradients of all passes of a step; returns mean loss, pictures seen, seconds spent on data."""
         plan = self.plan
         loss_sum, num_pictures, data_wait_s = 0.0, 0, 0.0
-        for micro_step in range(plan.gradient_accumulation_steps):
+        # The plan's passes are those of all processes together; each takes its turn of them.
+        for micro_step in range(self.processes.rank, plan.gradient_accumulation_steps, self.processes.count):
             started = time.perf_counter()
+            # Dropout's draws must depend neither on how often the run was stopped nor on which process makes this pass.
+            torch.manual_seed(step_generator(plan.seed, step, -1 - 2 * micro_step).initial_seed())
             indices = self._batch_indices(step * plan.gradient_accumulation_steps + micro_step)
             batch = self.training_set.batch(indices, mirrored_views(len(indices), plan.seed, step, micro_step),
                                             view=f"{step} {micro_step}")
@@ -104,6 +106,7 @@ class Trainer:
             self.scaler.scale(loss / plan.gradient_accumulation_steps).backward()
             loss_sum += loss.item()
             num_pictures += len(indices)
+        loss_sum, num_pictures = self.processes.add_up(self.network.parameters(), loss_sum, num_pictures)
         return loss_sum / plan.gradient_accumulation_steps, num_pictures, data_wait_s
 
     def _apply_gradients(self, loss: float) -> float:

@@ -173,8 +173,8 @@ TRAINING = (
     _own("vram_gib created", (), "about this machine and this moment", ignored=True),
     _none("full_fp16 full_bf16", OFF, "crumb keeps the LoRA's weights and their optimizer in fp32"),
     _none("fp8_base fp8_base_unet", OFF, "crumb fits the base into the card's memory in its own ways"),
-    _none("multi_gpu", OFF, "crumb trains on one GPU"),
-    _none("num_processes num_machines", (0, 1), "crumb trains on one GPU"),
+    _none("multi_gpu", OFF, "`crumb train --gpus N` starts several"),
+    _none("num_processes num_machines", (0, 1), "`crumb train --gpus N` and docs/parallel.md"),
 )
 
 OPTIMIZER = (
