@@ -148,3 +148,10 @@ def test_the_wizard_in_a_real_terminal(term, words):
     assert process.wait(timeout=20) == (2 if term == "dumb" else 0), text
     assert words in text
     assert "heavy: none" in text
+
+
+@pytest.mark.parametrize("number", ["0", "two", "-1"])
+def test_a_number_of_gpus_that_is_none_is_said(number, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["train", "plan.toml", f"--gpus={number}"])
+    assert ended.value.code == 2 and "whole number from 1" in capsys.readouterr().err

@@ -21,8 +21,8 @@ from crumb.engine.train.parallel import Processes
 from crumb.profiles import preflight
 from crumb.profiles.errors import RequestError
 
-STEPS = 4
-NAN_STEP = 2
+STEPS = 3
+NAN_STEP = 1
 
 RECORDER = f'''
 import json, os, sys
