@@ -10,7 +10,7 @@ from crumb.profiles.answers import Answers
 from crumb.profiles.base_model import BaseModel
 from crumb.profiles.data_rules import class_word_for, derive_data, derive_held_out, derive_length, subsets_for, warn_of_data
 from crumb.profiles.dataset import Scan
-from crumb.profiles.derivation import Derivation
+from crumb.profiles.derivation import Derivation, Derived
 from crumb.profiles.hardware import Gpu
 from crumb.profiles.plan import ADAPTIVE_OPTIMIZERS
 from crumb.profiles.vram import estimate_vram_gib
@@ -22,6 +22,9 @@ LARGE_SET = 100
 """Pictures from which on the guide speaks of a large set (RANK-RAISE)."""
 FULL_MODEL_PARAMETERS = 1_000_000_000
 MIN_FITTED_RANK = 8
+CAPTION_VARIANTS = 8
+FULL_TEXT_VALUES = 77 * 2048 + 1280
+"""Numbers in one prompt's conditioning of a full-size SDXL."""
 SMALL_BASE_BATCH = 4
 SMALL_BASE_RATE = 1e-3
 
@@ -41,7 +44,7 @@ def derive(answers: Answers, whole_scan: Scan, base: BaseModel, gpu: Gpu) -> Der
     _derive_network(result, answers, scan, base, gpu)
     _derive_noise(result, scan)
     _derive_memory(result, base, gpu)
-    _derive_captions(result, answers)
+    _derive_captions(result, answers, scan, base)
     derive_data(result, answers, len(whole_scan.pictures) - len(scan.pictures))
     derive_held_out(result, scan)
     epoch = derive_length(result, answers, whole_scan, len(scan.pictures))
@@ -193,12 +196,33 @@ def _derive_noise(result: Derivation, scan: Scan) -> None:
                else "the guide's advice, should iterations be above 0")
 
 
-def _derive_captions(result: Derivation, answers: Answers) -> None:
+def _derive_captions(result: Derivation, answers: Answers, scan: Scan, base: BaseModel) -> None:
     result.put("clip_skip", 2, "CLIP-SKIP", "fixed: SDXL itself was trained on the encoders' second-last layer")
     detailed = answers.subject in ("character", "face")
     result.put("tag_threshold", 0.35 if detailed else 0.25, "TAG-COARSE",
                "for tagging tools: the usual threshold" if detailed
                else f"for tagging tools: a {answers.subject} set needs no detailed tags; cap their number")
+    result.put("keep_tokens", 1 if answers.trigger else 0, "TAG-TRIGGER", "the trigger word stays in front, should tags be "
+               "shuffled or left out" if answers.trigger else "there is no trigger word to keep in front")
+    _derive_variants(result, scan, base)
+
+
+def _derive_variants(result: Derivation, scan: Scan, base: BaseModel) -> None:
+    """How many texts of a varying caption are kept encoded, and what that costs on disk."""
+    result.put("caption_variants", CAPTION_VARIANTS, "COMMON", "captions don't vary: each is encoded once")
+    if not (result.overrides.get("shuffle_captions") or result.overrides.get("tag_dropout", 0) > 0):
+        return
+    kept = result.values["caption_variants"]
+    if _text_encoders_learn(result):
+        reason = "not used: the text encoders learn, so every text is encoded anew"
+    else:
+        value_bytes = 2 if result.value("mixed_precision") == "bf16" else 4
+        num_texts = len({picture.caption for picture in scan.pictures}) * (kept.value + 1)
+        size = f", about {num_texts * FULL_TEXT_VALUES * value_bytes / 1e6:.0f} MB on disk" if (
+            base.num_unet_parameters > FULL_MODEL_PARAMETERS) else ""
+        reason = f"{num_texts} texts in all are encoded and kept{size}"
+    by_you = "set by you; " if "caption_variants" in result.overrides else ""
+    result.values["caption_variants"] = Derived(kept.value, kept.rule, by_you + reason)
 
 
 def _warn(result: Derivation, answers: Answers, scan: Scan, base: BaseModel, gpu: Gpu) -> None:

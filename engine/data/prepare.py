@@ -188,17 +188,26 @@ def prepare(plan: Plan, base: BaseModel, scan: Scan, placement: Placement, event
     )
     prompt_paths = {}
     if not plan.text_encoders_learn:
-        events.emit("phase", phase="cache captions")
         texts = caption_texts(captions, [subsets[picture.subset] for picture in scan.pictures], plan)
-        prompt_paths = cache_prompts(
-            [*texts, *texts_of(sample_prompts(plan)), ""],
-            lambda: load_text_encoders(base, placement.encoder_dtype, placement.device),
-            partial(encode_prompts, clip_skip=plan.clip_skip, max_token_length=plan.max_token_length),
-            text_fingerprint(base_sha256, plan), precision, cache_dir() / "prompts",
-            on_progress=progress("cache captions"), share=share,
-        )
+        prompt_paths = _cache_texts(texts, plan, base, base_sha256, placement, events, progress, share)
     return TrainingSet(scan.pictures, crops, captions, paths[: len(views)], prompt_paths, epoch, held_out, base_sha256, subsets,
                        dict(zip(mirrored, paths[len(views):])), mask_paths, plan.num_caption_variants, plan.seed)
+
+
+def _cache_texts(texts: list[str], plan: Plan, base: BaseModel, base_sha256: str, placement: Placement, events: EventWriter,
+                 progress: Callable[[str], OnProgress], share: tuple[int, int]) -> dict[str, Path]:
+    """Encodes the captions' texts and those of the sample prompts; returns their cache entries."""
+    events.emit("phase", phase="cache captions")
+    paths = cache_prompts(
+        [*texts, *texts_of(sample_prompts(plan)), ""],
+        lambda: load_text_encoders(base, placement.encoder_dtype, placement.device),
+        partial(encode_prompts, clip_skip=plan.clip_skip, max_token_length=plan.max_token_length),
+        text_fingerprint(base_sha256, plan), str(placement.encoder_dtype), cache_dir() / "prompts",
+        on_progress=progress("cache captions"), share=share,
+    )
+    if share == (0, 1):  # with several processes some entries may not be written yet
+        events.emit("texts", num_texts=len(texts), num_bytes=sum(paths[text].stat().st_size for text in texts))
+    return paths
 
 
 def caption_texts(captions: list[str], subsets: list[Subset], plan: Plan) -> list[str]:

@@ -9,6 +9,7 @@ Every event has `time` (unix seconds) and `type`. The types and their fields:
               regularization, flip (may be shown mirrored), mask (its path or null), loss_weight
     numbers   num_pictures, num_regularization (pictures beside them), num_buckets, steps_per_epoch, steps,
               num_parameters, placement, num_processes, pictures_per_step (of all processes together)
+    texts     num_texts (that captions are shown as, all kept encoded), num_bytes (on disk)
     step      step, epoch, loss, loss_smoothed, learning_rate, grad_norm, seconds, images_per_s,
               data_wait_s, vram_allocated_bytes, vram_reserved_bytes, vram_peak_bytes (on a GPU);
               skipped (true when NaN/Inf dropped it). The rate is the one in force: Prodigy's d is in it.

@@ -203,6 +203,11 @@ def _numbers(state: DashboardState, event: dict, when: float) -> None:
         _remark(state, when, "plain", ", ".join(words))
 
 
+def _texts(state: DashboardState, event: dict, when: float) -> None:
+    num_texts, num_bytes = int(event.get("num_texts") or 0), finite(event.get("num_bytes")) or 0
+    _remark(state, when, "plain", f"captions are shown as {num_texts} texts, {num_bytes / 1e6:.1f} MB encoded on disk")
+
+
 def _step(state: DashboardState, event: dict, when: float) -> None:
     step = int(event.get("step") or state.step)
     if state.phase != "train":
@@ -315,7 +320,7 @@ def finite(value: Any) -> float | None:
 
 
 _HANDLERS = {
-    "started": _started, "phase": _phase, "progress": _progress, "numbers": _numbers, "step": _step,
+    "started": _started, "phase": _phase, "progress": _progress, "numbers": _numbers, "texts": _texts, "step": _step,
     "judged": _judged, "sample": _sample, "saved": _saved, "warning": _warning, "error": _error, "stopped": _stopped,
     "finished": _finished,
 }
