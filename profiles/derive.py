@@ -12,7 +12,7 @@ from crumb.profiles.data_rules import class_word_for, derive_data, derive_held_o
 from crumb.profiles.dataset import Scan
 from crumb.profiles.derivation import Derivation, Derived
 from crumb.profiles.hardware import Gpu
-from crumb.profiles.plan import ADAPTIVE_OPTIMIZERS
+from crumb.profiles.optimizers import ADAPTIVE_OPTIMIZERS
 from crumb.profiles.vram import estimate_vram_gib
 
 COUNT_RANGE = {"character": (10, 50), "face": (10, 50), "style": (100, 4000), "concept": (50, 2000)}

@@ -7,39 +7,23 @@ wizard's help and the names in `crumb plan --json` are all read off them.
 import dataclasses
 import tomllib
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import tomlkit
 
-from crumb.profiles.blocks import ATTENTION_BLOCKS, BLOCKS
 from crumb.profiles.checks import checked, from_text, nearest, toml_value
 from crumb.profiles.checks import setting as _setting
 from crumb.profiles.errors import RequestError
-from crumb.profiles.sample_prompts import sample_prompts
+from crumb.profiles.optimizers import OPTIMIZERS
+from crumb.profiles.plan_rules import check_together
 from crumb.profiles.subsets import check_subsets
 
 PLAN_VERSION = 1
 
-OPTIMIZERS = ("AdamW8bit", "AdamW", "Prodigy", "DAdaptAdam", "Adafactor", "Lion")
-OPTIMIZER_ARGS = {
-    "AdamW8bit": ("betas", "eps", "weight_decay"),
-    "AdamW": ("betas", "eps", "weight_decay", "amsgrad"),
-    "Prodigy": ("betas", "beta3", "eps", "weight_decay", "decouple", "use_bias_correction", "safeguard_warmup", "d0", "d_coef",
-                "growth_rate", "slice_p"),
-    "DAdaptAdam": ("betas", "eps", "weight_decay", "decouple", "use_bias_correction", "d0", "growth_rate"),
-    "Adafactor": ("weight_decay", "clip_threshold", "decay_rate", "beta1", "scale_parameter", "relative_step", "warmup_init"),
-    "Lion": ("betas", "weight_decay"),
-}
-"""What may stand in optimizer_args; AdamW8bit's suit torch's AdamW too, which may have to stand in."""
-
 SCHEDULERS = ("constant", "constant_with_warmup")
-TRACKERS = ("tensorboard", "wandb", "comet_ml", "aim", "mlflow", "clearml", "dvclive", "swanlab", "trackio")
 TARGETS = ("attention", "attention+ff", "attention+ff+conv")
 PRECISIONS = ("no", "fp16", "bf16")
-ADAPTIVE_OPTIMIZERS = ("Prodigy", "DAdaptAdam")
-"""Optimizers that find the learning rate themselves: the rate given to them is a factor, 1 (OPT-PRODIGY, OPT-DADAPT)."""
 
 
 @dataclass(kw_only=True)
@@ -193,7 +177,8 @@ class Plan:
     def __post_init__(self):
         for setting in dataclasses.fields(self):
             setattr(self, setting.name, checked(setting, getattr(self, setting.name)))
-        _check_together(self)
+        self.subsets = check_subsets(self.subsets, plan_fields())
+        check_together(self)
 
 
 def plan_fields() -> dict[str, dataclasses.Field]:
@@ -280,84 +265,6 @@ def check_value(name: str, value: Any) -> Any:
         value = from_text(fields[name], value)
     value = checked(fields[name], value)
     return check_subsets(value, fields) if name == "subsets" else value
-
-
-def _check_together(plan: Plan) -> None:
-    """Rules beyond one value's range; the same ones for wizard, `crumb plan` and the engine."""
-    plan.subsets = check_subsets(plan.subsets, plan_fields())
-    try:
-        datetime.fromisoformat(plan.created).timestamp()
-    except (ValueError, OverflowError, OSError):
-        raise RequestError(f"created is {plan.created!r}; it must be a date such as 2026-01-31T12:00:00+00:00.") from None
-    _check_optimizer_args(plan)
-    _check_blocks(plan)
-    for name in plan.trackers:
-        if name not in TRACKERS:
-            raise RequestError(f"trackers names {name!r}; it must be of {', '.join(TRACKERS)}." + nearest(name, TRACKERS))
-    if plan.resolution % 64:
-        raise RequestError(f"resolution is {plan.resolution}; it must be a multiple of 64 (guide: CROP). "
-                           f"Use {round(plan.resolution / 64) * 64}.")
-    sample_prompts(plan)
-    if ("conv" in plan.targets) != (plan.conv_rank > 0):
-        raise RequestError(f"targets is {plan.targets!r} but conv_rank is {plan.conv_rank}. Set conv_rank above 0 together "
-                           f"with targets = \"attention+ff+conv\", or neither.")
-    if plan.optimizer in ADAPTIVE_OPTIMIZERS and plan.learning_rate < 0.1:
-        raise RequestError(f"learning_rate is {plan.learning_rate:g} with {plan.optimizer}, which finds the rate itself and "
-                           f"takes this number as a factor. Set learning_rate = 1.0 (guide: OPT-PRODIGY, OPT-DADAPT).")
-    if plan.optimizer not in ADAPTIVE_OPTIMIZERS and plan.learning_rate > 0.1:
-        raise RequestError(f"learning_rate is {plan.learning_rate:g} with {plan.optimizer}; above 0.1 training falls apart. "
-                           f"1e-4 is the usual start (a rate of 1 is for Prodigy and DAdaptAdam).")
-    if plan.timestep_min >= plan.timestep_max:
-        raise RequestError(f"timestep_min is {plan.timestep_min} and timestep_max {plan.timestep_max}: no noise level is left "
-                           f"to train. Set timestep_min below timestep_max; 0 and 1000 train all.")
-    if plan.loss_weighting == "debiased" and plan.zero_terminal_snr and plan.prediction_type == "epsilon":
-        raise RequestError("loss_weighting is debiased, which divides by the signal-to-noise ratio, and zero_terminal_snr "
-                           "makes that 0 at the last noise level. Set loss_weighting = \"min_snr\" or \"none\".")
-    if plan.device == "cpu" and plan.mixed_precision == "fp16":
-        raise RequestError("mixed_precision is fp16 with device cpu, which has no fast fp16. Set mixed_precision = \"no\".")
-
-
-BLOCK_BOUNDS = {"block_ranks": (1, 1024), "block_alphas": (0.1, 1024), "block_rates": (0, 10)}
-
-
-def _check_blocks(plan: Plan) -> None:
-    """Settings of single blocks (BLOCK-MAP): known names, values in range, something left to learn."""
-    for name, (low, high) in BLOCK_BOUNDS.items():
-        for block, value in getattr(plan, name).items():
-            if block not in BLOCKS:
-                raise RequestError(f"{name} names the block {block!r}; SDXL's are {BLOCKS[0]} to {BLOCKS[8]}, MID, "
-                                   f"{BLOCKS[10]} to {BLOCKS[-1]}." + nearest(block, BLOCKS))
-            wanted = int if name == "block_ranks" else (int, float)
-            if isinstance(value, bool) or not isinstance(value, wanted) or not low <= value <= high:
-                kind = "whole number" if wanted is int else "number"
-                raise RequestError(f"{name} gives {block} {value!r}; it must be a {kind} from {low} to {high}.")
-    if all(plan.block_rates.get(block) == 0 for block in (BLOCKS if "conv" in plan.targets else ATTENTION_BLOCKS)):
-        raise RequestError("block_rates is 0 for every block that could learn. Leave at least one above 0.")
-    if plan.optimizer in ADAPTIVE_OPTIMIZERS:
-        _check_one_rate(plan)
-
-
-def _check_one_rate(plan: Plan) -> None:
-    factors = {*plan.block_rates.values(), plan.lora_plus_ratio} - {0, 1}
-    if factors:
-        raise RequestError(f"{plan.optimizer} finds one rate for all that learns, so block_rates may only be 0 or 1 and "
-                           f"lora_plus_ratio 1 ({', '.join(map(str, sorted(factors)))} now). AdamW8bit takes any.")
-    for name in ("text_encoder_learning_rate", "text_encoder_2_learning_rate"):
-        if getattr(plan, name) not in (0, plan.learning_rate):
-            raise RequestError(f"{name} is {getattr(plan, name):g}; {plan.optimizer} finds one rate for all that learns, so "
-                               f"it must be {plan.learning_rate:g} or 0.")
-
-
-def _check_optimizer_args(plan: Plan) -> None:
-    known = OPTIMIZER_ARGS[plan.optimizer]
-    for name, value in plan.optimizer_args.items():
-        if name not in known:
-            raise RequestError(f"optimizer_args has {name!r}, which {plan.optimizer} does not take; it takes "
-                               f"{', '.join(known)}." + nearest(name, known))
-        numbers = value if name == "betas" and isinstance(value, list) and len(value) == 2 else [value]
-        if (name == "betas" and len(numbers) != 2) or not all(isinstance(number, int | float) for number in numbers):
-            wanted = "two numbers, such as [0.9, 0.999]" if name == "betas" else "a number, true or false"
-            raise RequestError(f"optimizer_args has {name} = {value!r}; it must be {wanted}.")
 
 
 def _check_key(key: str, section: str, source: str) -> None:

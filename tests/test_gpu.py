@@ -10,7 +10,7 @@ import torch
 from crumb.engine.network.verify import verify_lora
 from crumb.engine.run.directory import RunDirectory
 from crumb.engine.run.events import read_events
-from crumb.profiles.plan import ADAPTIVE_OPTIMIZERS
+from crumb.profiles.optimizers import ADAPTIVE_OPTIMIZERS
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 

@@ -8,7 +8,8 @@ from typing import Any
 
 from crumb.profiles.errors import RequestError
 from crumb.profiles.kohya.values import KohyaFile, Later, Untaken, argument, number, pairs
-from crumb.profiles.plan import ADAPTIVE_OPTIMIZERS, OPTIMIZER_ARGS, OPTIMIZERS, SCHEDULERS
+from crumb.profiles.optimizers import ADAPTIVE_OPTIMIZERS, OPTIMIZER_ARGS, OPTIMIZERS
+from crumb.profiles.plan import SCHEDULERS
 
 NEAREST_OPTIMIZERS = {
     "pagedadamw": "AdamW", "pagedadamw32bit": "AdamW", "pagedadamw8bit": "AdamW8bit", "adam": "AdamW", "adam8bit": "AdamW8bit",

@@ -12,8 +12,9 @@ from crumb.profiles.base_model import BaseModel
 from crumb.profiles.dataset import Scan
 from crumb.profiles.derive import derive
 from crumb.profiles.hardware import resolve_gpu
+from crumb.profiles.optimizers import OPTIMIZERS
 from crumb.profiles.pictures import Mask, Picture
-from crumb.profiles.plan import OPTIMIZERS, Plan, plan_fields
+from crumb.profiles.plan import Plan, plan_fields
 
 BASE = BaseModel(Path("sdxl.safetensors"), "single_file", "fp16", "epsilon", "", False, True, 2_567_463_684, 1024)
 

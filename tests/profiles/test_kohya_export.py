@@ -14,7 +14,8 @@ from crumb.profiles.kohya.folders import picture_folders
 from crumb.profiles.kohya.importing import ANSWERS, translate
 from crumb.profiles.kohya.reading import read_settings
 from crumb.profiles.kohya.table import KNOWN_KEYS
-from crumb.profiles.plan import ADAPTIVE_OPTIMIZERS, OPTIMIZER_ARGS, Plan, plan_fields
+from crumb.profiles.optimizers import ADAPTIVE_OPTIMIZERS, OPTIMIZER_ARGS
+from crumb.profiles.plan import Plan, plan_fields
 
 TEXT = st.text(st.characters(min_codepoint=32, blacklist_categories=("Cs", "Cc", "Zs", "Zl", "Zp")), min_size=1, max_size=20)
 RATIO = st.floats(0, 0.9)

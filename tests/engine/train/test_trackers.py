@@ -7,7 +7,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from crumb.engine.run.directory import create_run
 from crumb.engine.train.trackers import finish_trackers, start_trackers, track
 from crumb.profiles.errors import RequestError
-from crumb.profiles.plan import TRACKERS
+from crumb.profiles.plan_rules import TRACKERS
 
 STEPS = [{"step": step, "epoch": 0.1, "loss": 0.5 / step, "loss_smoothed": 0.5, "learning_rate": 1e-4, "grad_norm": None,
           "seconds": 1.0, "images_per_s": 2.0} for step in (1, 2, 3)]
