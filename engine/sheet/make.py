@@ -24,7 +24,7 @@ from crumb.engine.network.text import attach_text_lora
 from crumb.engine.run.directory import RunDirectory
 from crumb.engine.run.lora_files import LoraFile, lora_files
 from crumb.engine.sheet.draw import Block, Row, draw_sheet, sheet_scale, shrunk
-from crumb.engine.train.sample import decode, denoise, load_decoder
+from crumb.engine.train.sample import decode_all, denoise, load_decoder
 from crumb.engine.train.text import encode_texts
 from crumb.profiles.base_model import BaseModel, fingerprint, inspect_base_model
 from crumb.profiles.errors import RequestError
@@ -89,7 +89,7 @@ def draw_cells(plan: Plan, base: BaseModel, placement: Placement, prompts: list[
         pictures = {}
         for index, (cell, of_cell) in enumerate(latents.items()):
             report("decode", index, len(latents))
-            pictures[cell] = [shrunk(decode(vae, one.to(placement.device)), scale) for one in of_cell]
+            pictures[cell] = [shrunk(image, scale) for image in decode_all(vae, [one.to(vae.device) for one in of_cell])]
     return pictures
 
 

@@ -5,6 +5,7 @@ takes no more memory than a training step.
 """
 
 import gc
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from crumb.profiles.base_model import VAE_SCALE, BaseModel
 from crumb.profiles.plan import Plan
 from crumb.profiles.sample_prompts import SamplePrompt, sample_prompts
 
+log = logging.getLogger("crumb")
+
 
 def sample_pictures(unet, entries: dict[str, dict[str, Tensor]], plan: Plan, base: BaseModel, placement: Placement,
                     folder: Path, step: int) -> list[Path]:
@@ -30,7 +33,7 @@ def sample_pictures(unet, entries: dict[str, dict[str, Tensor]], plan: Plan, bas
     with torch.no_grad():
         latents = [denoise(unet, entries, prompt, plan, placement) for prompt in sample_prompts(plan)]
         vae = load_decoder(plan, base, placement)
-        images = [decode(vae, one) for one in latents]
+        images = decode_all(vae, latents)
     del vae
     gc.collect()
     paths = []
@@ -88,6 +91,16 @@ def load_decoder(plan: Plan, base: BaseModel, placement: Placement) -> Autoencod
     if plan.vae_tiling:
         tile_vae(vae)
     return vae
+
+
+def decode_all(vae: AutoencoderKL, latents: list[Tensor]) -> list[Image.Image]:
+    """On the VAE's device; where that has no room left, on the processor, in fp32. `vae` may be moved."""
+    try:
+        return [decode(vae, one) for one in latents]
+    except torch.OutOfMemoryError:
+        log.warning("no room on the GPU to decode pictures: decoding them on the processor")
+        vae.to("cpu", torch.float32)
+        return [decode(vae, one.cpu()) for one in latents]
 
 
 def decode(vae: AutoencoderKL, latents: Tensor) -> Image.Image:

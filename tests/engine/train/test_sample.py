@@ -15,6 +15,7 @@ from crumb.engine.memory.placement import Placement
 from crumb.engine.model.load import load_text_encoders, load_unet
 from crumb.engine.model.text import encode_prompts
 from crumb.engine.model.tiny import write_diffusers_folder
+from crumb.engine.train import sample
 from crumb.engine.train.sample import make_scheduler, sample_pictures
 from crumb.profiles.base_model import inspect_base_model
 from crumb.profiles.sample_prompts import sample_prompts, texts_of
@@ -90,3 +91,16 @@ def test_scheduler_follows_the_base(make_plan):
     velocity = make_scheduler(replace(make_plan(), prediction_type="v_prediction", zero_terminal_snr=True))
     assert velocity.config.prediction_type == "v_prediction" and velocity.config.timestep_spacing == "trailing"
     assert make_scheduler(make_plan()).config.prediction_type == "epsilon"
+
+
+def test_pictures_are_decoded_on_the_processor_where_the_gpu_has_no_room(draw, monkeypatch):
+    expected = draw("a red cat")
+    real, calls = sample.decode, []
+
+    def full_at_first(vae, latents):
+        calls.append(vae.device)
+        if len(calls) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(vae, latents)
+    monkeypatch.setattr(sample, "decode", full_at_first)
+    assert np.array_equal(draw("a red cat"), expected) and len(calls) == 2 and calls[1].type == "cpu"
