@@ -204,10 +204,10 @@ def _derive_captions(result: Derivation, answers: Answers, scan: Scan, base: Bas
                else f"for tagging tools: a {answers.subject} set needs no detailed tags; cap their number")
     result.put("keep_tokens", 1 if answers.trigger else 0, "TAG-TRIGGER", "the trigger word stays in front, should tags be "
                "shuffled or left out" if answers.trigger else "there is no trigger word to keep in front")
-    _derive_variants(result, scan, base)
+    _derive_variants(result, answers, scan, base)
 
 
-def _derive_variants(result: Derivation, scan: Scan, base: BaseModel) -> None:
+def _derive_variants(result: Derivation, answers: Answers, scan: Scan, base: BaseModel) -> None:
     """How many texts of a varying caption are kept encoded, and what that costs on disk."""
     result.put("caption_variants", CAPTION_VARIANTS, "COMMON", "captions don't vary: each is encoded once")
     if not (result.overrides.get("shuffle_captions") or result.overrides.get("tag_dropout", 0) > 0):
@@ -217,7 +217,10 @@ def _derive_variants(result: Derivation, scan: Scan, base: BaseModel) -> None:
         reason = "not used: the text encoders learn, so every text is encoded anew"
     else:
         value_bytes = 2 if result.value("mixed_precision") == "bf16" else 4
-        num_texts = len({picture.caption for picture in scan.pictures}) * (kept.value + 1)
+        # Tags that may move: a caption with one of them is one text, whatever is shuffled.
+        num_loose = [caption.count(",") + 1 + bool(answers.trigger) - result.value("keep_tokens")
+                     for caption in {picture.caption or "" for picture in scan.pictures}]
+        num_texts = sum(1 if loose <= 1 else kept.value + 1 for loose in num_loose)
         size = f", about {num_texts * FULL_TEXT_VALUES * value_bytes / 1e6:.0f} MB on disk" if (
             base.num_unet_parameters > FULL_MODEL_PARAMETERS) else ""
         reason = f"{num_texts} texts in all are encoded and kept{size}"

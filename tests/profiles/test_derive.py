@@ -79,6 +79,20 @@ def test_other_optimizers_come_with_the_guides_settings():
         assert rule in [warning["rule"] for warning in derived(overrides=overrides).warnings], overrides
 
 
+def test_what_varying_captions_cost_is_said():
+    """20 captions of one tag behind a trigger word can't be shuffled; of three tags each is nine texts of 0.3 MB in bf16."""
+    assert "each is encoded once" in derived().values["caption_variants"].reason
+    assert "20 texts in all" in derived(overrides={"shuffle_captions": True}).values["caption_variants"].reason
+    pictures = [replace(picture, caption=f"a, b, c{n}") for n, picture in enumerate(scan(20).pictures)]
+    answers = Answers(images="p", base="b", trigger="ohwx", gpu="RTX 3070", overrides={"tag_dropout": 0.1})
+    reason = derive(answers, replace(scan(20), pictures=pictures), BASE, resolve_gpu("RTX 3070", None)).values[
+        "caption_variants"].reason
+    assert "180 texts in all" in reason and "57 MB" in reason  # 180 x (77 x 2048 + 1280) x 2 bytes
+    learning = derived(overrides={"shuffle_captions": True, "text_encoder_learning_rate": 1e-5})
+    assert "encoded anew" in learning.values["caption_variants"].reason
+    assert (derived().value("keep_tokens"), derived(overrides={"keep_tokens": 3}).value("keep_tokens")) == (1, 3)
+
+
 def test_noise_is_off_and_its_ranges_are_the_guides():
     assert (derived().value("noise_offset"), derived().value("multires_noise_iterations")) == (0.0, 0)
     assert derived(num_pictures=20).value("multires_noise_discount") == 0.3
