@@ -50,7 +50,7 @@ from crumb.profiles.verdict import Judged, best_of, verdict
 log = logging.getLogger("crumb")
 
 CHANGEABLE = {
-    "name", "created", "gradient_checkpointing", "cache_latents", "vae_tiling", "vram_gib", "skip_broken", "save_precision",
+    "name", "created", "gradient_checkpointing", "cache_latents", "vram_gib", "skip_broken", "save_precision",
     "save_every", "keep_checkpoints", "trackers", "judge_every", "sample_every", "sample_prompts", "sample_negative",
     "sample_steps", "sample_guidance", "images", "regularization", "base_model", "vae",
 }
@@ -121,8 +121,6 @@ def _assemble(run: RunDirectory, plan: Plan, base: BaseModel, placement: Placeme
     if plan.text_encoders_learn:
         encoders = load_text_encoders(base, placement.dtype, placement.device)
         attach_text_lora(network, encoders, plan)
-    if plan.start_from:
-        _start_from(network, Path(plan.start_from), events)
     if placement.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     optimizer = make_optimizer(plan, network.rate_groups(plan.lora_plus_ratio), placement.device,
@@ -142,6 +140,8 @@ def _assemble(run: RunDirectory, plan: Plan, base: BaseModel, placement: Placeme
         restore(state, tensors, network, optimizer, scaler)
         step, trainer.loss_smoothed = state["step"], state["progress"]["loss_smoothed"]
         job.history = [Judged(**judged) for judged in state["progress"]["judged"]]
+    elif plan.start_from:
+        _start_from(network, Path(plan.start_from), events)
     # An optimizer differs where one machine lacks the package that the plan names.
     processes.require_same(belongs_to | {"checkpoint to go on from": str(step), "optimizer": str(type(optimizer))})
     status.update(step=step)
@@ -174,7 +174,7 @@ def _train(job: Job, step: int) -> int:
     trainer.status.update(state="training", phase="train", step=step)
     events.emit("phase", phase="train")
     is_first = trainer.processes.is_first
-    if step == 0 and is_first:
+    if step == 0 and is_first and not job.history:
         _judge(job, 0)
         if plan.sample_every:
             _sample(job, 0)
@@ -246,7 +246,7 @@ def _sample(job: Job, step: int) -> None:
                                 job.run.samples, step)
         job.events.emit("sample", step=step, paths=[str(path.relative_to(job.run.path)) for path in paths])
         draw_over_time(job.run.samples, job.run.name, job.plan.sample_prompts)
-    except (torch.OutOfMemoryError, OSError) as error:
+    except (torch.OutOfMemoryError, OSError, CrumbError) as error:
         log.exception("sampling failed")
         job.events.emit("warning", text=f"Sampling at step {step} failed: {error}. Training goes on.")
     job.events.emit("phase", phase="train")

@@ -155,7 +155,7 @@ def _derive_optimizer(result: Derivation, base: BaseModel, gpu: Gpu) -> None:
         result.put("optimizer", "AdamW8bit", "OPT-DEFAULT", f"the default; spares memory on {gpu.vram_gib:g} GiB")
     _derive_rate(result, base, result.value("optimizer"))
     result.put("text_encoder_learning_rate", 0.0, "LR", "the text encoders don't learn: the U-Net alone is enough for most")
-    result.put("text_encoder_2_learning_rate", 0.0, "LR", "as encoder 1")
+    result.put("text_encoder_2_learning_rate", 0.0, "LR", "encoder 2 doesn't learn, unless asked")
     result.put("warmup_ratio", 0.1, "WARMUP", "10 % of all steps; only constant_with_warmup uses it")
 
 

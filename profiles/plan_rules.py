@@ -66,7 +66,8 @@ def _check_blocks(plan: "Plan") -> None:
                 raise RequestError(f"{name} gives {block} {value!r}; it must be a {kind} from {low} to {high}.")
     if all(plan.block_rates.get(block) == 0 for block in (BLOCKS if "conv" in plan.targets else ATTENTION_BLOCKS)):
         raise RequestError("block_rates is 0 for every block that could learn. Leave at least one above 0.")
-    if plan.optimizer in ADAPTIVE_OPTIMIZERS:
+    own_rate = plan.optimizer == "Adafactor" and plan.optimizer_args.get("relative_step", True)
+    if plan.optimizer in ADAPTIVE_OPTIMIZERS or own_rate:
         _check_one_rate(plan)
 
 

@@ -14,7 +14,8 @@ Every event has `time` (unix seconds) and `type`. The types and their fields:
               data_wait_s, vram_allocated_bytes, vram_reserved_bytes, vram_peak_bytes (on a GPU);
               skipped (true when NaN/Inf dropped it). The rate is the one in force: Prodigy's d is in it.
     judged    step, training_loss, held_out_loss (null where none is held out), best (the lowest held-out loss so far),
-              word (learning | fitted | overfitting | not learning, or "" too early), remedy, basis
+              word (learning | fitted | overfitting | not learning | falling apart, or ""
+              too early), remedy, basis
     sample    step, paths
     saved     step, path, kind: checkpoint | result | best
     warning   text

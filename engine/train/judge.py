@@ -1,5 +1,6 @@
 """Losses that can be compared over a run: the same pictures, the same noise, the same noise levels every time (LOSS)."""
 
+import math
 import random
 from dataclasses import replace
 
@@ -12,7 +13,8 @@ from crumb.engine.train.text import encode_batch
 from crumb.profiles.plan import Plan
 from crumb.profiles.verdict import Judged
 
-TIMESTEPS = (100, 300, 500, 700, 900)
+NOISE_LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)
+"""Where in the range of noise levels that the run trains."""
 NUM_JUDGED = 8
 """Pictures of each kind that are measured; with five noise levels each, forty forward passes."""
 
@@ -23,17 +25,20 @@ def judge(trainer: Trainer, step: int) -> Judged:
     plain = replace(trainer.plan, loss_type="l2", loss_weighting="none")
     losses = [mean_loss(trainer, _some(indices, plain.seed), plain) if indices else None
               for indices in (trainer.training_set.trained, trainer.training_set.held_out)]
+    if not all(loss is None or math.isfinite(loss) for loss in losses):
+        losses = [None, None]
     return Judged(step, *losses)
 
 
 @torch.no_grad()
 def mean_loss(trainer: Trainer, indices: list[int], plan: Plan) -> float:
-    """Over all pictures and TIMESTEPS; at most `plan.batch_size` at a time, so that it fits where training fits."""
+    """Over all pictures and NOISE_LEVELS; at most `plan.batch_size` at a time, so that it fits where training fits."""
     losses, schedule = [], trainer.schedule
+    levels = [plan.timestep_min + int(level * (plan.timestep_max - plan.timestep_min)) for level in NOISE_LEVELS]
     for index in indices:
         generator = step_generator(plan.seed, index, -2)
-        for start in range(0, len(TIMESTEPS), plan.batch_size):
-            timesteps = torch.tensor(TIMESTEPS[start:start + plan.batch_size])
+        for start in range(0, len(levels), plan.batch_size):
+            timesteps = torch.tensor(levels[start:start + plan.batch_size])
             # Whole pictures, whatever is trained of them: a mask's own loss would not tell what becomes of the rest.
             batch = replace(trainer.training_set.batch([index] * len(timesteps)), masks=None)
             if trainer.encoders:

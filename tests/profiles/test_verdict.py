@@ -22,6 +22,10 @@ FALLING = [0.20, 0.16, 0.14, 0.13, 0.12, 0.11, 0.10]
     ("overfitting", run(FALLING, [0.20, 0.17, 0.15, 0.145, 0.15, 0.16, 0.17]), 600),
     ("overfitting", run(FALLING, [0.20, 0.201, 0.21, 0.22, 0.23, 0.24, 0.25]), 600),  # from the first step on
     ("not learning", run([0.2000, 0.1999, 0.2001, 0.1999, 0.1998, 0.1999, 0.1998]), 600),
+    ("falling apart", run([0.2, 0.15, 0.3]), 600),
+    ("falling apart", run([0.2, 0.15, None], [0.2, 0.16, None]), 600),
+    # a few held-out pictures wander a little while the run learns
+    ("fitted", run(FALLING, [0.2, 0.19985, 0.19987, 0.1999, 0.19986, 0.19985, 0.1999]), 600),
     ("", run([0.2000, 0.1999, 0.2001, 0.1999]), 1200),                               # warm-up may still be on
 ])
 def test_word(word, history, steps):
@@ -40,3 +44,7 @@ def test_best_is_the_lowest_held_out_loss_after_the_start():
     assert best_of(run(FALLING, [0.20, 0.17, 0.15, 0.145, 0.15, 0.16, 0.17])).step == 300
     assert best_of(run(FALLING)) is None, "training loss falls for ever and says nothing about the best step"
     assert best_of(run(FALLING[:1], [0.1])) is None
+    assert best_of(run([0.2, None, 0.1], [0.2, None, 0.15])).step == 200
+    assert "No step was better" in verdict(run(FALLING, [0.20, 0.201, 0.21, 0.22, 0.23, 0.24, 0.25]), 600).remedy
+    assert "lower learning rate" in verdict(run([0.2, 0.5]), 600).remedy
+    assert "judge_every" in verdict(run([0.2, 0.19]), 600).basis

@@ -14,7 +14,8 @@ from crumb.wizard.dashboard.figures import clock, counted, figure, file_size, gi
 from crumb.wizard.dashboard.loss_plot import DOT_STYLE, LINE_STYLE
 from crumb.wizard.dashboard.state import DashboardState, Remark, clean
 
-VERDICT_STYLES = {"learning": "green", "fitted": "green", "overfitting": "yellow", "not learning": "yellow"}
+VERDICT_STYLES = {"learning": "green", "fitted": "green", "overfitting": "yellow", "not learning": "yellow",
+                  "falling apart": "bold red"}
 REMARK_STYLES = {"plain": "", "good": "green", "warning": "yellow", "error": "bold red"}
 
 

@@ -255,6 +255,7 @@ def _judged(state: DashboardState, event: dict, when: float) -> None:
     state.verdict, state.remedy = clean(event.get("word") or ""), clean(event.get("remedy") or "")
     state.verdict_basis = clean(event.get("basis") or "")
     if training is None:
+        _remark(state, when, "warning", f"at step {step} the U-Net's answers are no numbers: {state.verdict}. {state.remedy}")
         return
     state.judged.append(JudgedPoint(step, training, held_out))
     held = "" if held_out is None else f", held-out {held_out:.4f}{' (best)' if event.get('best') else ''}"
@@ -304,8 +305,8 @@ def _finished(state: DashboardState, event: dict, when: float) -> None:
     state.result = clean(event.get("path") or state.result)
     peak = finite(event.get("vram_peak_bytes"))
     state.vram_peak_bytes = peak if peak is not None else state.vram_peak_bytes
-    if state.verdict:
-        _remark(state, when, "plain", f"verdict: {state.verdict} ({state.verdict_basis}). {state.remedy}")
+    if state.verdict_basis:
+        _remark(state, when, "plain", f"verdict: {state.verdict or 'none'} ({state.verdict_basis}). {state.remedy}".strip())
     _remark(state, when, "good", f"finished: {state.result}")
 
 
