@@ -51,7 +51,8 @@ log = logging.getLogger("crumb")
 
 CHANGEABLE = {
     "name", "created", "gradient_checkpointing", "cache_latents", "vram_gib", "skip_broken", "save_precision",
-    "save_every", "keep_checkpoints", "trackers", "judge_every", "sample_every", "sample_prompts", "sample_negative",
+    "start_from", "save_every", "keep_checkpoints", "trackers", "judge_every", "sample_every", "sample_prompts",
+    "sample_negative",
     "sample_steps", "sample_guidance", "images", "regularization", "base_model", "vae",
 }
 """Settings that don't change what is learned, or whose content is compared by its own hash; so with subsets' folders."""
@@ -89,7 +90,7 @@ def run_job(run: RunDirectory, events: EventWriter, status: Status) -> int:
     events.emit("phase", phase="scan")
     status.update(phase="scan", steps=plan.steps)
     progress = partial(progress_reporter, run, events)
-    facts = processes.together(lambda: preflight(plan, progress("scan")))
+    facts = processes.together(lambda: preflight(plan, progress("scan"), resumes=any(run.checkpoints.glob("step-*"))))
 
     settle_torch(facts.base, placement)
     status.update(phase="cache")

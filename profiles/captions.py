@@ -4,12 +4,13 @@ A tag is what stands between two commas. Pure functions of seeds, so that a resu
 """
 
 import random
+import re
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class CaptionRules:
-    """How captions vary. `keep_tokens`: tags at the front that are neither moved nor left out (the trigger word, say)."""
+    """How captions vary. Neither moved nor left out: `keep_tokens` tags at the front, and those that hold the trigger word."""
 
     shuffle: bool = False
     keep_tokens: int = 0
@@ -17,6 +18,7 @@ class CaptionRules:
     caption_dropout: float = 0.0
     prefix: str = ""
     suffix: str = ""
+    trigger: str = ""
 
     @property
     def vary(self) -> bool:
@@ -37,6 +39,9 @@ def caption_variant(caption: str, rules: CaptionRules, number: int, seed: int) -
     generator = random.Random(f"crumb caption {seed} {number} {caption}")
     tags = [tag.strip() for tag in caption.split(",") if tag.strip()]
     kept, loose = tags[:rules.keep_tokens], tags[rules.keep_tokens:]
+    if rules.trigger:
+        word = re.compile(rf"(?<!\w){re.escape(rules.trigger)}(?!\w)", re.IGNORECASE)
+        kept, loose = kept + list(filter(word.search, loose)), [tag for tag in loose if not word.search(tag)]
     if rules.shuffle:
         generator.shuffle(loose)
     loose = [tag for tag in loose if generator.random() >= rules.tag_dropout]

@@ -21,8 +21,11 @@ class Facts:
     scan: Scan
 
 
-def preflight(plan: Plan, on_progress=None) -> Facts:
-    """Looks at every file the plan names; RequestError for the first that won't do."""
+def preflight(plan: Plan, on_progress=None, resumes: bool = False) -> Facts:
+    """Looks at every file the plan names; RequestError for the first that won't do.
+
+    What only the first step needs is not missed by a run that goes on from a checkpoint.
+    """
     _check_device(plan)
     base = inspect_base_model(Path(plan.base_model))
     if base.prediction_type and base.prediction_type != plan.prediction_type:
@@ -32,7 +35,7 @@ def preflight(plan: Plan, on_progress=None) -> Facts:
         raise RequestError(f"{base.path} has no VAE baked in. Set vae in [base] to an SDXL VAE file.")
     if plan.vae:
         check_vae(plan.vae)
-    if plan.start_from:
+    if plan.start_from and not resumes:
         read_header(Path(plan.start_from))
     scan = scan_subsets(effective_subsets(plan), on_progress=on_progress)
     check_scan(scan, plan.skip_broken)

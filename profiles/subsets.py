@@ -43,7 +43,7 @@ class Subset:
 def caption_rules(subset: Subset) -> CaptionRules:
     """How the captions of its pictures vary."""
     return CaptionRules(subset.shuffle_captions, subset.keep_tokens, subset.tag_dropout, subset.caption_dropout,
-                        subset.caption_prefix, subset.caption_suffix)
+                        subset.caption_prefix, subset.caption_suffix, subset.trigger)
 
 
 def effective_subsets(plan: "Plan") -> list[Subset]:

@@ -133,8 +133,9 @@ def _add_training(add) -> None:
     resume = add("resume", "go on with a stopped, failed or lost run from its last checkpoint", "crumb resume ohwx")
     resume.add_argument("name", metavar="RUN", help="run name or folder")
     for command in (train, resume):
-        command.add_argument("--gpus", metavar="N", type=_count, default=1,
-                             help="share each step among N GPUs of this machine (default: 1; docs/parallel.md)")
+        command.add_argument("--gpus", metavar="N", type=_count,
+                             help="share each step among N GPUs of this machine (default: 1, or as the run had before; "
+                                  "docs/parallel.md)")
     for command in (demo, train, resume):
         command.add_argument("--detach", action="store_true", help="start it and return at once")
         command.add_argument("--plain", action="store_true", help="print lines instead of a dashboard")

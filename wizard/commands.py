@@ -34,6 +34,7 @@ def train(options) -> int:
     load_plan(path)
     text = with_absolute_paths(path.read_text(encoding="utf-8"), path.absolute().parent)
     plan = parse_plan(text, source=str(path))
+    options.gpus = options.gpus or 1
     check_gpus(plan, options.gpus)
     preflight(plan)
     run = create_run(plan.name, text)
@@ -49,9 +50,16 @@ def resume(options) -> int:
     run = find_run(options.name)
     check_resumable(run)
     plan = load_plan(run.plan)
+    options.gpus = options.gpus or gpus_of(run)
     check_gpus(plan, options.gpus)
-    preflight(plan)
+    preflight(plan, resumes=any(run.checkpoints.glob("step-*")))
     return start_and_watch(run, options)
+
+
+def gpus_of(run: RunDirectory) -> int:
+    """How many processes shared the run so far."""
+    told = [event.get("num_processes") for event in read_events(run.events)[0] if event["type"] == "numbers"]
+    return int(told[-1] or 1) if told else 1
 
 
 def check_resumable(run: RunDirectory) -> None:
@@ -67,7 +75,7 @@ def start_and_watch(run: RunDirectory, options) -> int:
     """Starts the engine on the run; watches it unless --detach. Ctrl+C in the dashboard asks it to stop and save."""
     from crumb.wizard.dashboard.live import watch as watch_run
 
-    process = start_engine(run, getattr(options, "gpus", 1))
+    process = start_engine(run, getattr(options, "gpus", None) or 1)
     if not options.detach:
         return watch_run(run, process=process, plain=options.plain, ascii=options.ascii, stop_on_interrupt=True)
     if process.poll():

@@ -19,6 +19,7 @@ from crumb.engine.data.masks import cache_masks
 from crumb.engine.memory.placement import Placement
 from crumb.engine.model.load import load_text_encoders, load_vae
 from crumb.engine.model.text import CHUNK, PENULTIMATE, encode_prompts, pad_chunks
+from crumb.engine.model.tokenizer import make_tokenizers
 from crumb.engine.run.events import EventWriter
 from crumb.profiles.base_model import BaseModel, fingerprint
 from crumb.profiles.buckets import Crop
@@ -238,9 +239,28 @@ def load_entry(path: Path) -> dict[str, Tensor]:
     return entry
 
 
+def caption_findings(pictures: list[Picture], subsets: list[Subset], max_token_length: int) -> list[str]:
+    """How many captions are longer than what is read of them."""
+    tokenizer, lengths = make_tokenizers()[0], {}
+    for picture in pictures:
+        subset = subsets[picture.subset]
+        text = plain_caption(training_caption(picture, subset), caption_rules(subset))
+        if len(text) > max_token_length:  # a token has a letter at least
+            lengths[picture.path.name] = len(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+    cut = {name: length for name, length in lengths.items() if length > max_token_length}
+    if not cut:
+        return []
+    name, longest = max(cut.items(), key=lambda item: item[1])
+    enough = next((length for length in (150, 225) if longest <= length), 225)
+    mend = f" max_token_length = {enough} reads {'all' if longest <= enough else 'more'} of them." if (
+        max_token_length < enough) else " Shorten them."
+    return [f"{len(cut)} captions are longer than {max_token_length} tokens and cut there (longest: {name}, {longest}).{mend}"]
+
+
 def _report_findings(plan: Plan, scan: Scan, subsets: list[Subset], epoch: Epoch, events: EventWriter) -> None:
     texts = [f"{problem.path.name}: {problem.text}" for problem in scan.problems]
     texts += bucket_findings(scan.pictures, epoch, plan.batch_size) + mask_findings(scan.pictures, subsets)
+    texts += caption_findings(scan.pictures, subsets, plan.max_token_length)
     for text in texts:
         events.emit("warning", text=text)
 

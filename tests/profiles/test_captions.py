@@ -49,3 +49,10 @@ def test_the_same_seed_repeats_and_another_differs():
     (CaptionRules(prefix="x", caption_dropout=0.9), "x b, a")])
 def test_plain_captions(rules, text):
     assert plain_caption("b, a", rules) == text == caption_variant("b, a", rules, 7, 1)
+
+
+def test_the_trigger_word_is_kept_wherever_it_stands():
+    rules = CaptionRules(shuffle=True, tag_dropout=0.5, trigger="ohwx")
+    texts = [caption_variant("1girl, blue sky, ohwx woman, ohwxy", rules, number, seed=1) for number in range(200)]
+    assert all(text.split(", ")[0] == "ohwx woman" for text in texts)
+    assert any("ohwxy" not in text for text in texts) and any("ohwxy" in text for text in texts)

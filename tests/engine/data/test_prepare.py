@@ -13,7 +13,7 @@ from PIL import Image
 
 from crumb.engine.data import prepare as prepare_module
 from crumb.engine.data.images import crop_picture, load_rgb, to_tensor
-from crumb.engine.data.prepare import prepare, time_ids
+from crumb.engine.data.prepare import caption_findings, prepare, time_ids
 from crumb.engine.memory.placement import Placement
 from crumb.engine.model.load import load_text_encoders, load_vae
 from crumb.engine.model.text import encode_prompts
@@ -257,3 +257,13 @@ def test_metadata_name_the_folders(folders, prepare_from, make_plan):
         training_set.pictures, training_set.crops, training_set.captions)), step=28)
     assert (written["ss_num_reg_images"], written["ss_reg_dataset_dirs"], written["ss_epoch"]) == ("0", "{}", "7")
     assert str(folders) not in json.dumps(written)
+
+
+def test_captions_that_are_cut_are_named_with_the_mend(make_plan):
+    subsets = effective_subsets(make_plan(trigger="ohwx"))
+    pictures = [Picture(Path(f"{n}.png"), 128, 128, 1, caption, None)
+                for n, caption in enumerate(["a cat", "cat, " * 60, "cat, " * 40, "supercalifragilistic " * 4])]
+    (finding,) = caption_findings(pictures, subsets, 75)
+    # 60 times "cat," is 120 tokens and 40 times 80, behind "ohwx," of a few
+    assert finding.startswith("2 captions are longer than 75 tokens") and "1.png" in finding and "150 reads all" in finding
+    assert caption_findings(pictures, subsets, 150) == []
