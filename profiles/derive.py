@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from crumb.profiles.answers import Answers
 from crumb.profiles.base_model import BaseModel
+from crumb.profiles.blocks import ATTENTION_BLOCKS, BLOCKS
 from crumb.profiles.data_rules import class_word_for, derive_data, derive_held_out, derive_length, subsets_for, warn_of_data
 from crumb.profiles.dataset import Scan
 from crumb.profiles.derivation import Derivation, Derived
@@ -250,6 +251,7 @@ def _warn(result: Derivation, answers: Answers, scan: Scan, base: BaseModel, gpu
                                   f"likely to give an unexpected LoRA.")
     _warn_of_optimizer(result, result.value("optimizer"))
     _warn_of_noise(result)
+    _warn_of_blocks(result)
     needed_gib = _needed_gib(result, base, result.value("batch_size"), result.value("gradient_checkpointing"))
     if base.num_unet_parameters > FULL_MODEL_PARAMETERS and 0 < gpu.vram_gib < needed_gib:
         result.warn("COMMON", f"This run needs about {needed_gib:.1f} GiB of VRAM (base in 16 bits) and the card has "
@@ -258,6 +260,17 @@ def _warn(result: Derivation, answers: Answers, scan: Scan, base: BaseModel, gpu
         result.warn("COMMON", "There is no GPU here. A full-size SDXL takes minutes per step on a processor.")
     if gpu.note:
         result.warn("COMMON", gpu.note)
+
+
+def _warn_of_blocks(result: Derivation) -> None:
+    """Numbers for blocks in which nothing learns are ignored (BLOCK-ATTN); that is said."""
+    conv = "conv" in result.value("targets")
+    with_layers = {block for block in BLOCKS if block not in ("IN00", "IN03", "IN06")} if conv else set(ATTENTION_BLOCKS)
+    for name in ("block_ranks", "block_alphas", "block_rates"):
+        idle = sorted(set(result.overrides.get(name, {})) - with_layers)
+        if idle:
+            result.warn("BLOCK-ATTN", f"{name} names {', '.join(idle)}, where nothing takes it with targets = "
+                                      f"{result.value('targets')!r}: ignored.")
 
 
 def _warn_of_noise(result: Derivation) -> None:

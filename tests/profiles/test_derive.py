@@ -93,6 +93,14 @@ def test_what_varying_captions_cost_is_said():
     assert (derived().value("keep_tokens"), derived(overrides={"keep_tokens": 3}).value("keep_tokens")) == (1, 3)
 
 
+def test_numbers_for_blocks_without_layers_are_said_to_be_ignored():
+    for overrides, words in [({"block_ranks": {"IN08": 8}}, ""), ({"block_ranks": {"IN01": 8, "MID": 4}}, "IN01"),
+                             ({"block_ranks": {"IN01": 8}, "targets": "attention+ff+conv", "conv_rank": 4}, ""),
+                             ({"block_rates": {"OUT08": 0}}, "OUT08")]:
+        told = " ".join(w["text"] for w in derived(overrides=overrides).warnings if w["rule"] == "BLOCK-ATTN")
+        assert (words in told) and bool(words) == bool(told), overrides
+
+
 def test_noise_is_off_and_its_ranges_are_the_guides():
     assert (derived().value("noise_offset"), derived().value("multires_noise_iterations")) == (0.0, 0)
     assert derived(num_pictures=20).value("multires_noise_discount") == 0.3

@@ -1,0 +1,65 @@
+"""Settings that the job itself passes on: a run with one of them ends otherwise than a run without."""
+
+import pytest
+from safetensors import safe_open
+
+from crumb.engine.job import run_job
+from crumb.engine.run.directory import create_run
+from crumb.engine.run.events import EventWriter, read_events
+from crumb.engine.run.status import Status
+from crumb.profiles.plan import dump_plan
+
+LONG = ", ".join(f"word{n}" for n in range(60))
+
+
+@pytest.fixture
+def train(tiny_base, photographs, make_plan):
+    """Trains two steps; returns the run and its events."""
+    def train(name: str, **settings):
+        plan = make_plan(**{"name": name, "base_model": str(tiny_base), "images": str(photographs), "steps": 2, "rank": 2,
+                            "alpha": 2.0, "learning_rate": 1e-3, "sample_every": 0, "save_every": 1, "sample_steps": 1,
+                            "sample_prompts": ["a"], "caption_suffix": LONG, "max_token_length": 150} | settings)
+        run = create_run(name, dump_plan(plan))
+        events, status = EventWriter(run.events), Status(run)
+        try:
+            assert run_job(run, events, status) == 0
+        finally:
+            status.close()
+            events.close()
+        return run, read_events(run.events)[0]
+    return train
+
+
+def losses(events) -> list[float]:
+    return [event["loss"] for event in events if event["type"] == "step"]
+
+
+def weights(run) -> dict:
+    with safe_open(run.result, "pt") as file:
+        return {key: (str(tensor.dtype), tensor.float().sum().item()) for key in file.keys()  # noqa: SIM118
+                for tensor in [file.get_tensor(key)]}
+
+
+def test_what_is_learned_follows_each_of_them(train):
+    plain_run, plain_events = train("plain")
+    same_run, same_events = train("same")
+    assert losses(same_events) == losses(plain_events) and weights(same_run) == weights(plain_run)
+    for number, setting in enumerate([
+            {"clip_skip": 3}, {"max_token_length": 75}, {"zero_terminal_snr": True}, {"resolution": 192},
+            {"caption_dropout": 1.0}, {"loss_weighting": "min_snr", "min_snr_gamma": 0.1},
+            {"multires_noise_iterations": 6}, {"timestep_max": 200}]):
+        run, events = train(f"first-{number}", **setting)
+        assert losses(events)[0] != losses(plain_events)[0], setting
+    for number, setting in enumerate([
+            {"lora_plus_ratio": 8.0}, {"scheduler": "constant_with_warmup", "warmup_ratio": 1.0}, {"max_norm": 0.001},
+            {"block_rates": {"MID": 0}}, {"save_precision": "bf16"}, {"optimizer": "Lion"}, {"max_grad_norm": 1e-4}]):
+        run, events = train(f"second-{number}", **setting)
+        assert losses(events)[0] == losses(plain_events)[0] and weights(run) != weights(plain_run), setting
+
+
+def test_what_is_written_follows_each_of_them(train):
+    run, events = train("written", keep_checkpoints=1, sample_every=1, judge_every=2, trackers=["tensorboard"], steps=4)
+    assert [path.name for path in sorted(run.checkpoints.iterdir())] == ["step-000003"]
+    assert [event["step"] for event in events if event["type"] == "judged"] == [0, 2, 4]
+    assert [event["step"] for event in events if event["type"] == "sample"] == [0, 1, 2, 3, 4]
+    assert any((run.path / "trackers").rglob("events.out*"))
