@@ -171,7 +171,7 @@ def cache_latents(
             done += len(batch_paths)
             on_progress(done, len(paths))
         del vae
-        _free_memory()
+        free_memory()
     return paths
 
 
@@ -264,7 +264,7 @@ def cache_prompts(
             done += 1
             on_progress(done, len(paths))
         del text_encoders
-        _free_memory()
+        free_memory()
     return paths
 
 
@@ -272,7 +272,7 @@ def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _free_memory() -> None:
+def free_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -190,25 +190,24 @@ def prepare(plan: Plan, base: BaseModel, scan: Scan, placement: Placement, event
     prompt_paths = {}
     if not plan.text_encoders_learn:
         texts = caption_texts(captions, [subsets[picture.subset] for picture in scan.pictures], plan)
-        prompt_paths = _cache_texts(texts, plan, base, base_sha256, placement, events, progress, share)
+        events.emit("phase", phase="cache captions")
+        prompt_paths = cache_texts([*texts, *texts_of(sample_prompts(plan)), ""], plan, base, base_sha256, placement,
+                                   progress("cache captions"), share)
+        if share == (0, 1):  # with several processes some entries may not be written yet
+            events.emit("texts", num_texts=len(texts), num_bytes=sum(prompt_paths[text].stat().st_size for text in texts))
     return TrainingSet(scan.pictures, crops, captions, paths[: len(views)], prompt_paths, epoch, held_out, base_sha256, subsets,
                        dict(zip(mirrored, paths[len(views):])), mask_paths, plan.num_caption_variants, plan.seed)
 
 
-def _cache_texts(texts: list[str], plan: Plan, base: BaseModel, base_sha256: str, placement: Placement, events: EventWriter,
-                 progress: Callable[[str], OnProgress], share: tuple[int, int]) -> dict[str, Path]:
-    """Encodes the captions' texts and those of the sample prompts; returns their cache entries."""
-    events.emit("phase", phase="cache captions")
-    paths = cache_prompts(
-        [*texts, *texts_of(sample_prompts(plan)), ""],
-        lambda: load_text_encoders(base, placement.encoder_dtype, placement.device),
+def cache_texts(texts: list[str], plan: Plan, base: BaseModel, base_sha256: str, placement: Placement,
+                on_progress: OnProgress, share: tuple[int, int] = (0, 1)) -> dict[str, Path]:
+    """The base's own conditioning of the texts as the plan reads them; returns their cache entries."""
+    return cache_prompts(
+        texts, lambda: load_text_encoders(base, placement.encoder_dtype, placement.device),
         partial(encode_prompts, clip_skip=plan.clip_skip, max_token_length=plan.max_token_length),
-        text_fingerprint(base_sha256, plan), str(placement.encoder_dtype), cache_dir() / "prompts",
-        on_progress=progress("cache captions"), share=share,
+        _text_fingerprint(base_sha256, plan), str(placement.encoder_dtype), cache_dir() / "prompts",
+        on_progress=on_progress, share=share,
     )
-    if share == (0, 1):  # with several processes some entries may not be written yet
-        events.emit("texts", num_texts=len(texts), num_bytes=sum(paths[text].stat().st_size for text in texts))
-    return paths
 
 
 def caption_texts(captions: list[str], subsets: list[Subset], plan: Plan) -> list[str]:
@@ -222,7 +221,7 @@ def caption_texts(captions: list[str], subsets: list[Subset], plan: Plan) -> lis
     return list(texts)
 
 
-def text_fingerprint(base_sha256: str, plan: Plan) -> str:
+def _text_fingerprint(base_sha256: str, plan: Plan) -> str:
     """What prompt entries depend on beside the prompt."""
     how = "" if (plan.clip_skip, plan.max_token_length) == (PENULTIMATE, CHUNK) else (
         f" clip_skip {plan.clip_skip} tokens {plan.max_token_length}")

@@ -3,21 +3,18 @@
 Text encoders, U-Net and VAE are in memory one after the other; the U-Net is loaded once, and only the LoRA in it changes.
 """
 
-import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from crumb.engine.data.caches import cache_prompts
-from crumb.engine.data.prepare import load_entry, text_fingerprint
+from crumb.engine.data.caches import free_memory
+from crumb.engine.data.prepare import cache_texts, load_entry
 from crumb.engine.memory.placement import Placement, choose_placement, settle_torch
 from crumb.engine.model.load import load_text_encoders, load_unet
-from crumb.engine.model.text import encode_prompts
 from crumb.engine.network.load import put_lora, set_strength
 from crumb.engine.network.lora import Network, attach_lora
 from crumb.engine.network.text import attach_text_lora
@@ -28,7 +25,6 @@ from crumb.engine.train.sample import decode_all, denoise, load_decoder
 from crumb.engine.train.text import encode_texts
 from crumb.profiles.base_model import BaseModel, fingerprint, inspect_base_model
 from crumb.profiles.errors import RequestError
-from crumb.profiles.paths import cache_dir
 from crumb.profiles.plan import Plan, load_plan
 from crumb.profiles.sample_prompts import SamplePrompt, parse_sample_prompts, texts_of
 
@@ -79,12 +75,12 @@ def make_sheet(sheet: Sheet, report: Report) -> Image.Image:
 def draw_cells(plan: Plan, base: BaseModel, placement: Placement, prompts: list[SamplePrompt], cells: list[Cell],
                scale: float, report: Report) -> dict[Cell, list[Image.Image]]:
     """Each cell's pictures, one a prompt; cells of one file should follow each other, since it is read anew otherwise."""
-    texts = _cached_texts if not plan.text_encoders_learn else _texts_by_cell
-    entries = texts(plan, base, placement, texts_of(prompts), cells, report)
+    entries_of_cells = _cached_texts if not plan.text_encoders_learn else _texts_by_cell
+    entries = entries_of_cells(plan, base, placement, texts_of(prompts), cells, report)
     report("load", 0, 1)
     with torch.no_grad():
         latents = _denoise_cells(plan, base, placement, prompts, cells, entries, report)
-        _free_memory()
+        free_memory()
         vae = load_decoder(plan, base, placement)
         pictures = {}
         for index, (cell, of_cell) in enumerate(latents.items()):
@@ -97,10 +93,7 @@ def _cached_texts(plan: Plan, base: BaseModel, placement: Placement, texts: list
                   report: Report) -> dict[Cell, Entries]:
     """The base's own conditioning for every cell, from the cache that training shares."""
     base_sha256 = fingerprint(base.path, lambda done, total: report("hash", done, total))
-    paths = cache_prompts(texts, lambda: load_text_encoders(base, placement.encoder_dtype, placement.device),
-                          partial(encode_prompts, clip_skip=plan.clip_skip, max_token_length=plan.max_token_length),
-                          text_fingerprint(base_sha256, plan), str(placement.encoder_dtype), cache_dir() / "prompts",
-                          on_progress=lambda done, total: report("encode", done, total))
+    paths = cache_texts(texts, plan, base, base_sha256, placement, lambda done, total: report("encode", done, total))
     entries = {text: load_entry(path) for text, path in paths.items()}
     return {cell: entries for cell in cells}
 
@@ -110,14 +103,11 @@ def _texts_by_cell(plan: Plan, base: BaseModel, placement: Placement, texts: lis
     """Conditioning by the text encoders with each cell's own LoRA; the encoders are gone from memory afterwards."""
     encoders, network, entries = load_text_encoders(base, placement.dtype, placement.device), Network(), {}
     attach_text_lora(network, encoders, plan)
-    for number, (file, strength) in enumerate(cells):
+    for number, cell in enumerate(_each_in_place(cells, network, "lora_te")):
         report("encode", number, len(cells))
-        if file is not None:
-            put_lora(network, file.path, "lora_te")
-        set_strength(network, strength)
-        entries[file, strength] = encode_texts(texts, encoders, plan)
+        entries[cell] = encode_texts(texts, encoders, plan)
     del encoders, network
-    _free_memory()
+    free_memory()
     return entries
 
 
@@ -132,28 +122,26 @@ def _denoise_cells(plan: Plan, base: BaseModel, placement: Placement, prompts: l
         done += 1
         report("denoise", done, total)
 
-    latents, present = {}, None
     report("denoise", 0, total)
+    return {cell: [denoise(unet, entries[cell], prompt, plan, placement, on_step).cpu() for prompt in prompts]
+            for cell in _each_in_place(cells, network, "lora_unet")}
+
+
+def _each_in_place(cells: list[Cell], network: Network, part: str) -> Iterator[Cell]:
+    """Each cell in turn, its file in the network's layers at its strength; neighbours share one reading of a file."""
+    present = None
     for file, strength in cells:
         if file is not None and file is not present:
-            put_lora(network, file.path, "lora_unet")
+            put_lora(network, file.path, part)
             present = file
         set_strength(network, strength)
-        latents[file, strength] = [denoise(unet, entries[file, strength], prompt, plan, placement, on_step).cpu()
-                                   for prompt in prompts]
-    return latents
+        yield file, strength
 
 
 def _load_network(plan: Plan, base: BaseModel, placement: Placement) -> tuple[nn.Module, Network]:
     """The U-Net as training has it, with layers for the run's LoRA files."""
     unet = load_unet(base, placement.dtype, placement.device)
     return unet, attach_lora(unet, plan)
-
-
-def _free_memory() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def _cells_of(file: LoraFile, sheet: Sheet) -> list[Cell]:
