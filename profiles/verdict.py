@@ -32,7 +32,7 @@ class Judged:
     held_out_loss: float | None
 
     @property
-    def telling_loss(self) -> float:
+    def telling_loss(self) -> float | None:
         """The one that says more about new prompts."""
         return self.training_loss if self.held_out_loss is None else self.held_out_loss
 

@@ -26,7 +26,8 @@ class LoraFile:
         loss = "not measured"
         if self.judged:
             kind = "training" if self.judged.held_out_loss is None else "held-out"
-            loss = f"{kind} loss {self.judged.telling_loss:.4f}"
+            value = self.judged.telling_loss
+            loss = f"{kind} loss {value:.4f}" if value is not None else "no number"
         return [f"step {self.step}" + " (final)" * self.is_final, loss, *["best"] * self.is_best]
 
 

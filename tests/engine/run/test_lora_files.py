@@ -57,3 +57,12 @@ def test_the_kept_best_is_there_when_its_checkpoint_is_not(run):
     files = lora_files(run, 400)
     assert [(file.step, file.is_best) for file in files] == [(100, False), (150, True), (200, False), (300, False)]
     assert lora_files(RunDirectory(run.path.parent / "none"), 1) == []
+
+
+def test_a_step_whose_answers_were_no_numbers_is_told_and_never_the_best(run):
+    judge(run, {100: 0.5})
+    events = EventWriter(run.events)
+    events.emit("judged", step=200, training_loss=None, held_out_loss=None, best=False, word="falling apart")
+    events.close()
+    assert [file.describe() for file in lora_files(run, 400)] == [
+        ["step 100", "held-out loss 0.5000", "best"], ["step 200", "no number"], ["step 300", "not measured"]]
