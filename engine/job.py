@@ -90,7 +90,7 @@ def run_job(run: RunDirectory, events: EventWriter, status: Status) -> int:
     events.emit("phase", phase="scan")
     status.update(phase="scan", steps=plan.steps)
     progress = partial(progress_reporter, run, events)
-    facts = processes.together(lambda: preflight(plan, progress("scan"), resumes=any(run.checkpoints.glob("step-*"))))
+    facts = processes.together(lambda: preflight(plan, progress("scan"), resumes=run.has_checkpoints))
 
     settle_torch(facts.base, placement)
     status.update(phase="cache")

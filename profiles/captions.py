@@ -26,6 +26,11 @@ class CaptionRules:
         return self.shuffle or self.tag_dropout > 0
 
 
+def holds_word(caption: str, word: str) -> bool:
+    """Whether it stands in the caption as a word of its own, in either case."""
+    return bool(re.search(rf"(?<!\w){re.escape(word)}(?!\w)", caption, re.IGNORECASE))
+
+
 def plain_caption(caption: str, rules: CaptionRules) -> str:
     """The caption in its own order, whole; prefix and suffix are always around it."""
     return " ".join(part for part in (rules.prefix, caption, rules.suffix) if part)
@@ -40,8 +45,8 @@ def caption_variant(caption: str, rules: CaptionRules, number: int, seed: int) -
     tags = [tag.strip() for tag in caption.split(",") if tag.strip()]
     kept, loose = tags[:rules.keep_tokens], tags[rules.keep_tokens:]
     if rules.trigger:
-        word = re.compile(rf"(?<!\w){re.escape(rules.trigger)}(?!\w)", re.IGNORECASE)
-        kept, loose = kept + list(filter(word.search, loose)), [tag for tag in loose if not word.search(tag)]
+        kept += [tag for tag in loose if holds_word(tag, rules.trigger)]
+        loose = [tag for tag in loose if not holds_word(tag, rules.trigger)]
     if rules.shuffle:
         generator.shuffle(loose)
     loose = [tag for tag in loose if generator.random() >= rules.tag_dropout]

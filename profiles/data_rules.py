@@ -5,7 +5,8 @@ from types import SimpleNamespace
 
 from crumb.profiles.answers import Answers
 from crumb.profiles.buckets import Crop, assign
-from crumb.profiles.dataset import Scan, holds_word, mask_findings
+from crumb.profiles.captions import holds_word
+from crumb.profiles.dataset import Scan, mask_findings
 from crumb.profiles.derivation import Derivation, Derived
 from crumb.profiles.epoch import Epoch, bucket_findings, hold_out, plan_epoch
 from crumb.profiles.pictures import Picture

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from crumb.profiles.captions import holds_word
 from crumb.profiles.errors import RequestError
 from crumb.profiles.pictures import Found, Picture, Problem, examine, mask_of
 from crumb.profiles.subsets import Subset
@@ -126,11 +127,6 @@ def caption_for(picture: Picture, trigger: str, class_word: str) -> str:
 def training_caption(picture: Picture, subset: Subset) -> str:
     """The picture's prompt by the settings of its subset; regularization pictures have no trigger word there."""
     return caption_for(picture, subset.trigger, subset.class_word)
-
-
-def holds_word(caption: str, word: str) -> bool:
-    """Whether it stands in the caption as a word of its own, in either case."""
-    return bool(re.search(rf"(?<!\w){re.escape(word)}(?!\w)", caption, re.IGNORECASE))
 
 
 def held_out_indices(num_pictures: int, num_held_out: int, seed: int) -> list[int]:

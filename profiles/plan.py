@@ -222,6 +222,13 @@ def parse_plan(text: str, source: str = "the plan") -> Plan:
         raise RequestError(f"{source}: {error}") from None
 
 
+def load_plan_to_move(path: Path) -> tuple[Plan, str]:
+    """A plan file's plan and text with paths that hold from any folder."""
+    load_plan(path)
+    text = with_absolute_paths(path.read_text(encoding="utf-8"), path.absolute().parent)
+    return parse_plan(text, source=str(path)), text
+
+
 def with_absolute_paths(text: str, folder: Path) -> str:
     """The plan's text with relative paths taken from `folder`, so that it may be moved; comments stay."""
     document = tomlkit.parse(text)

@@ -20,7 +20,7 @@ from crumb.engine.run.directory import (
 from crumb.engine.run.events import read_events
 from crumb.engine.run.launch import launch_engine
 from crumb.profiles.errors import BusyError, RequestError
-from crumb.profiles.plan import load_plan, parse_plan, with_absolute_paths
+from crumb.profiles.plan import load_plan, load_plan_to_move
 from crumb.profiles.preflight import check_gpus, preflight
 
 NUM_LOG_LINES = 8
@@ -31,9 +31,7 @@ TAIL_BYTES = 65536
 def train(options) -> int:
     """`crumb train PLAN.toml`: every check comes before the first byte is written."""
     path = Path(options.plan)
-    load_plan(path)
-    text = with_absolute_paths(path.read_text(encoding="utf-8"), path.absolute().parent)
-    plan = parse_plan(text, source=str(path))
+    plan, text = load_plan_to_move(path)
     options.gpus = options.gpus or 1
     check_gpus(plan, options.gpus)
     preflight(plan)
@@ -52,7 +50,7 @@ def resume(options) -> int:
     plan = load_plan(run.plan)
     options.gpus = options.gpus or gpus_of(run)
     check_gpus(plan, options.gpus)
-    preflight(plan, resumes=any(run.checkpoints.glob("step-*")))
+    preflight(plan, resumes=run.has_checkpoints)
     return start_and_watch(run, options)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from crumb.engine.run.demo import demo_folder, write_demo_base
 from crumb.engine.run.directory import RunDirectory, create_run, read_state
-from crumb.engine.run.events import read_events
+from crumb.engine.run.lora_files import judgings
 from crumb.profiles.answers import Answers
 from crumb.profiles.derivation import Derived
 from crumb.profiles.interview import Interview, check_override, conclude
@@ -104,10 +104,10 @@ def show_outcome(run: RunDirectory, options) -> None:
 
 def say_held_out(run: RunDirectory) -> None:
     """How the loss fell on pictures that were kept from training."""
-    judged = [event for event in read_events(run.events)[0] if event["type"] == "judged"]
-    if judged and judged[-1]["held_out_loss"] is not None:
-        print(f"\nLoss on pictures it was never shown: {judged[0]['held_out_loss']:.3f} before, "
-              f"{judged[-1]['held_out_loss']:.3f} after.")
+    judged = list(judgings(run).values())
+    if judged and judged[-1].held_out_loss is not None:
+        print(f"\nLoss on pictures it was never shown: {judged[0].held_out_loss:.3f} before, "
+              f"{judged[-1].held_out_loss:.3f} after.")
 
 
 def sample_pairs(run: RunDirectory, labels: list[str]) -> list[tuple[str, Path, Path]]:

@@ -12,8 +12,17 @@ from crumb.profiles.kohya.importing import Taken, Translation, answers_of, concl
 from crumb.profiles.kohya.reading import read_settings
 from crumb.profiles.kohya.table import Left
 from crumb.profiles.kohya.values import Later
-from crumb.profiles.plan import load_plan, parse_plan, with_absolute_paths
-from crumb.wizard.planning import answers_from, as_json, as_text, look_at_pictures, print_plan, write_plan
+from crumb.profiles.plan import load_plan_to_move
+from crumb.wizard.planning import (
+    answers_from,
+    as_json,
+    as_text,
+    hand_over,
+    look_at_pictures,
+    plan_file,
+    print_plan,
+    refuse_existing,
+)
 
 MAX_VALUE = 40
 """Letters of a value that are shown in a list."""
@@ -21,9 +30,7 @@ MAX_VALUE = 40
 
 def import_settings(options) -> int:
     """`crumb import FILE`."""
-    out = Path(options.out or "plan.toml") if options.out or not options.json else None
-    if out and out.exists() and not options.force:
-        raise RequestError(f"{out} exists already. Name another file with --out, or write over it with --force.")
+    out = plan_file(options)
     given = answers_from(options)
     file = read_settings(Path(options.file), Path(options.dataset_config) if options.dataset_config else None)
     translation = translate(file, given.overrides)
@@ -38,24 +45,18 @@ def import_settings(options) -> int:
         left_open = [name for name in interview.derivation.values if not translation.origin(name)]
         _say("\nLeft open there, so derived by the guide's rules (* set by you):")
         print_plan(interview, left_open)
-    if out:
-        write_plan(interview, out)
-    if not options.json:
-        print(f"\nWrote {out}. Next:  crumb train {shlex.quote(str(out))}")
+    hand_over(interview, out, options)
     return 0
 
 
 def export_settings(options) -> int:
     """`crumb export PLAN.toml --to kohya`."""
     path = Path(options.plan)
-    load_plan(path)
-    text = with_absolute_paths(path.read_text(encoding="utf-8"), path.absolute().parent)
-    export = export_plan(parse_plan(text, source=str(path)))
+    export = export_plan(load_plan_to_move(path)[0])
     out = Path(options.out or f"{path.stem}-{options.to}.toml")
     files = export.files(out)
-    there = [file for file in files if file.exists()]
-    if there and not options.force:
-        raise RequestError(f"{there[0]} exists already. Name another file with --out, or write over it with --force.")
+    for file in files:
+        refuse_existing(file, options)
     for file, content in files.items():
         try:
             write_atomic(file, content.encode())

@@ -22,9 +22,7 @@ from crumb.profiles.subsets import subset_as_text, subset_from_text
 
 def plan(options) -> int:
     """`crumb plan`."""
-    out = Path(options.out or "plan.toml") if options.out or not options.json else None
-    if out and out.exists() and not options.force:
-        raise RequestError(f"{out} exists already. Name another file with --out, or write over it with --force.")
+    out = plan_file(options)
     answers = answers_from(options)
     interview = conclude(answers, look_at_pictures(answers))
     check_run_name(interview.plan.name)
@@ -32,11 +30,29 @@ def plan(options) -> int:
         print(json.dumps(as_json(interview), indent=1, ensure_ascii=False))
     else:
         print_plan(interview)
+    hand_over(interview, out, options)
+    return 0
+
+
+def plan_file(options) -> Path | None:
+    """Where the plan goes, before any work is done for it; None with --json alone."""
+    out = Path(options.out or "plan.toml") if options.out or not options.json else None
+    if out:
+        refuse_existing(out, options)
+    return out
+
+
+def refuse_existing(out: Path, options) -> None:
+    if out.exists() and not options.force:
+        raise RequestError(f"{out} exists already. Name another file with --out, or write over it with --force.")
+
+
+def hand_over(interview: Interview, out: Path | None, options) -> None:
+    """Writes the plan, and says what comes next."""
     if out:
         write_plan(interview, out)
     if not options.json:
         print(f"\nWrote {out}. Next:  crumb train {shlex.quote(str(out))}")
-    return 0
 
 
 def answers_from(options) -> Answers:

@@ -4,7 +4,6 @@ An entry's name is the hash of everything that its content depends on, so an ent
 is made again. Each carries a checksum, because machines that lose power leave torn files behind.
 """
 
-import gc
 import hashlib
 import json
 import os
@@ -21,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from crumb.engine.data.images import crop_picture, decode_rgb, read_bytes, to_tensor
+from crumb.engine.memory.placement import free_memory
 from crumb.engine.model.load import tile_vae
 from crumb.profiles.buckets import Crop
 from crumb.profiles.errors import CrumbError
@@ -270,9 +270,3 @@ def cache_prompts(
 
 def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def free_memory() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

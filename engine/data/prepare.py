@@ -18,7 +18,7 @@ from crumb.engine.data.caches import OnProgress, View, cache_latents, cache_prom
 from crumb.engine.data.masks import cache_masks
 from crumb.engine.memory.placement import Placement
 from crumb.engine.model.load import load_text_encoders, load_vae
-from crumb.engine.model.text import CHUNK, PENULTIMATE, encode_prompts, pad_chunks
+from crumb.engine.model.text import CHUNK, PENULTIMATE, encode_prompts, pad_chunks, token_ids
 from crumb.engine.model.tokenizer import make_tokenizers
 from crumb.engine.run.events import EventWriter
 from crumb.profiles.base_model import BaseModel, fingerprint
@@ -240,12 +240,13 @@ def load_entry(path: Path) -> dict[str, Tensor]:
 
 def caption_findings(pictures: list[Picture], subsets: list[Subset], max_token_length: int) -> list[str]:
     """How many captions are longer than what is read of them."""
-    tokenizer, lengths = make_tokenizers()[0], {}
-    for picture in pictures:
-        subset = subsets[picture.subset]
-        text = plain_caption(training_caption(picture, subset), caption_rules(subset))
-        if len(text) > max_token_length:  # a token has a letter at least
-            lengths[picture.path.name] = len(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+    texts = {picture.path.name: plain_caption(training_caption(picture, subsets[picture.subset]),
+                                              caption_rules(subsets[picture.subset])) for picture in pictures}
+    may_be_cut = {name: text for name, text in texts.items() if len(text) > max_token_length}  # a token has a letter at least
+    if not may_be_cut:
+        return []
+    tokenizer = make_tokenizers()[0]
+    lengths = {name: len(token_ids(tokenizer, text)) for name, text in may_be_cut.items()}
     cut = {name: length for name, length in lengths.items() if length > max_token_length}
     if not cut:
         return []

@@ -1,5 +1,6 @@
 """Where everything of a run lies and in which number format: decided once, before anything large is loaded."""
 
+import gc
 from dataclasses import dataclass
 
 import torch
@@ -40,6 +41,13 @@ def settle_torch(base: BaseModel, placement: Placement) -> None:
     elif base.num_unet_parameters < SMALL_UNET_PARAMETERS:
         # Tiny layers gain 4 % from a second thread on a quiet machine and lose 200 % beside one busy process.
         torch.set_num_threads(1)
+
+
+def free_memory() -> None:
+    """Gives back what models that were just let go of have taken."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def choose_placement(plan: Plan) -> Placement:

@@ -42,8 +42,13 @@ def encode_prompts(encoders: TextEncoders, prompts: list[str], clip_skip: int = 
 
 def split_prompt(encoders: TextEncoders, prompt: str, max_token_length: int) -> list[list[int]]:
     """The prompt's token ids in chunks of 75, at least one chunk."""
-    ids = encoders.tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids[:max_token_length]
+    ids = token_ids(encoders.tokenizer, prompt)[:max_token_length]
     return [ids[start:start + CHUNK] for start in range(0, len(ids), CHUNK)] or [[]]
+
+
+def token_ids(tokenizer, prompt: str) -> list[int]:
+    """All of the prompt's tokens, without start and end of text."""
+    return tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids
 
 
 def pad_chunks(hidden: list[Tensor], empty: Tensor) -> Tensor:

@@ -60,6 +60,10 @@ class RunDirectory:
         return self.path / "checkpoints"
 
     @property
+    def has_checkpoints(self) -> bool:
+        return any(self.checkpoints.glob("step-*"))
+
+    @property
     def samples(self) -> Path:
         return self.path / "samples"
 

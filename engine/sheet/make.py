@@ -11,9 +11,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from crumb.engine.data.caches import free_memory
 from crumb.engine.data.prepare import cache_texts, load_entry
-from crumb.engine.memory.placement import Placement, choose_placement, settle_torch
+from crumb.engine.memory.placement import Placement, choose_placement, free_memory, settle_torch
 from crumb.engine.model.load import load_text_encoders, load_unet
 from crumb.engine.network.load import put_lora, set_strength
 from crumb.engine.network.lora import Network, attach_lora

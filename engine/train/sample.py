@@ -4,7 +4,6 @@ The two guidance passes run one after the other and the VAE comes only at the en
 takes no more memory than a training step.
 """
 
-import gc
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +13,7 @@ from diffusers import AutoencoderKL, EulerDiscreteScheduler
 from PIL import Image
 from torch import Tensor
 
-from crumb.engine.memory.placement import Placement
+from crumb.engine.memory.placement import Placement, free_memory
 from crumb.engine.model.load import load_vae, tile_vae
 from crumb.engine.train.noise import BETA_END, BETA_START, NUM_TIMESTEPS
 from crumb.profiles.base_model import VAE_SCALE, BaseModel
@@ -35,7 +34,7 @@ def sample_pictures(unet, entries: dict[str, dict[str, Tensor]], plan: Plan, bas
         vae = load_decoder(plan, base, placement)
         images = decode_all(vae, latents)
     del vae
-    gc.collect()
+    free_memory()
     paths = []
     for index, image in enumerate(images):
         path = folder / f"step-{step:06d}-{index}.png"

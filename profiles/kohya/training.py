@@ -88,19 +88,21 @@ def held_out(file: KohyaFile) -> dict[str, Any]:
 
 
 def start_from(file: KohyaFile) -> dict[str, Any]:
-    named = str(file["network_weights"])
-    found = file.find(named) if named else None
-    if named and found is None:
-        raise Untaken("there is no such file here; name one with --set start_from=FILE")
-    return {"start_from": str(found.absolute()) if found else ""}
+    return {"start_from": _found(file, "network_weights", "there is no such file here; name one with --set start_from=FILE")}
 
 
 def regularization(file: KohyaFile) -> dict[str, Any]:
-    named = str(file["reg_data_dir"])
+    return {"regularization": _found(file, "reg_data_dir", "there is no such folder here; name one with --set "
+                                                           "regularization=DIR")}
+
+
+def _found(file: KohyaFile, key: str, mend: str) -> str:
+    """Where the path under a key lies on this machine; empty where the key is."""
+    named = str(file[key])
     found = file.find(named) if named else None
     if named and found is None:
-        raise Untaken("there is no such folder here; name one with --set regularization=DIR")
-    return {"regularization": str(found.absolute()) if found else ""}
+        raise Untaken(mend)
+    return str(found.absolute()) if found else ""
 
 
 def further_subsets(file: KohyaFile) -> dict[str, Any]:

@@ -62,7 +62,7 @@ class RunsScreen(Screen):
     def _resume(self, run: RunDirectory) -> None:
         try:
             check_resumable(run)
-            preflight(load_plan(run.plan), resumes=any(run.checkpoints.glob("step-*")))
+            preflight(load_plan(run.plan), resumes=run.has_checkpoints)
             process = start_engine(run)
         except CrumbError as error:
             self.app.call_from_thread(self.app.push_screen, MessageDialog("Not started", str(error)))
