@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from crumb.profiles.captions import CaptionRules
 from crumb.profiles.checks import checked, from_text, nearest, setting
 from crumb.profiles.errors import RequestError
 
@@ -16,6 +15,10 @@ if TYPE_CHECKING:
 INHERITED = ("repeats", "trigger", "class_word", "flip", "masked_loss", "shuffle_captions", "keep_tokens", "tag_dropout",
              "caption_dropout", "caption_prefix", "caption_suffix")
 """Settings of the plan that a subset may give anew; each is a field of Subset, too."""
+
+CAPTION_SETTINGS = ("trigger", "shuffle_captions", "keep_tokens", "tag_dropout", "caption_dropout", "caption_prefix",
+                    "caption_suffix")
+"""Those that the texts of captions depend on."""
 
 Fields = Mapping[str, dataclasses.Field]
 
@@ -39,11 +42,10 @@ class Subset:
     regularization: bool = setting("subset", "Its pictures show what must not be forgotten, not what is taught", False)
     loss_weight: float = setting("subset", "What the loss of its pictures counts", 1.0, low=0, high=100)
 
-
-def caption_rules(subset: Subset) -> CaptionRules:
-    """How the captions of its pictures vary."""
-    return CaptionRules(subset.shuffle_captions, subset.keep_tokens, subset.tag_dropout, subset.caption_dropout,
-                        subset.caption_prefix, subset.caption_suffix, subset.trigger)
+    @property
+    def captions_vary(self) -> bool:
+        """Whether one caption can become several texts."""
+        return self.shuffle_captions or self.tag_dropout > 0
 
 
 def effective_subsets(plan: "Plan") -> list[Subset]:

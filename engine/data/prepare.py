@@ -32,7 +32,7 @@ from crumb.profiles.paths import cache_dir
 from crumb.profiles.pictures import Picture, mask_of
 from crumb.profiles.plan import Plan
 from crumb.profiles.sample_prompts import sample_prompts, texts_of
-from crumb.profiles.subsets import Subset, caption_rules, effective_subsets
+from crumb.profiles.subsets import CAPTION_SETTINGS, Subset, effective_subsets
 
 log = logging.getLogger("crumb")
 
@@ -97,7 +97,7 @@ class TrainingSet:
         further = [sorted((index, path.name) for index, path in paths.items())
                    for paths in (self.mirrored_paths, self.mask_paths)]
         weights = [self.subsets[picture.subset].loss_weight for picture in self.pictures]
-        texts = [[caption, repr(caption_rules(self.subsets[picture.subset]))]
+        texts = [[caption, *(getattr(self.subsets[picture.subset], name) for name in CAPTION_SETTINGS)]
                  for caption, picture in zip(self.captions, self.pictures)]
         content = [[path.name for path in self.latent_paths], texts, sorted(self.epoch.trained.items()),
                    sorted(regularization), *further, weights]
@@ -105,10 +105,10 @@ class TrainingSet:
 
     def text(self, index: int, view: str = "") -> str:
         """The picture's prompt: whole, or as one view (which names step and place) shows it."""
-        rules = caption_rules(self.subsets[self.pictures[index].subset])
+        subset = self.subsets[self.pictures[index].subset]
         if not view:
-            return plain_caption(self.captions[index], rules)
-        return caption_for_view(self.captions[index], rules, self.num_variants, self.seed, view)
+            return plain_caption(self.captions[index], subset)
+        return caption_for_view(self.captions[index], subset, self.num_variants, self.seed, view)
 
     def batch(self, indices: list[int], mirrored: Sequence[bool] = (), view: str = "") -> Batch:
         """The pictures as tensors; those that `mirrored` says and that may be, mirrored, with captions as `view` has them."""
@@ -214,10 +214,9 @@ def caption_texts(captions: list[str], subsets: list[Subset], plan: Plan) -> lis
     """Every text that a caption can be shown as, each once."""
     texts = {}
     for caption, subset in zip(captions, subsets):
-        rules = caption_rules(subset)
-        texts[plain_caption(caption, rules)] = None
-        texts |= dict.fromkeys(caption_variant(caption, rules, number, plan.seed)
-                               for number in range(plan.num_caption_variants if rules.vary else 0))
+        texts[plain_caption(caption, subset)] = None
+        texts |= dict.fromkeys(caption_variant(caption, subset, number, plan.seed)
+                               for number in range(plan.num_caption_variants if subset.captions_vary else 0))
     return list(texts)
 
 
@@ -240,8 +239,8 @@ def load_entry(path: Path) -> dict[str, Tensor]:
 
 def caption_findings(pictures: list[Picture], subsets: list[Subset], max_token_length: int) -> list[str]:
     """How many captions are longer than what is read of them."""
-    texts = {picture.path.name: plain_caption(training_caption(picture, subsets[picture.subset]),
-                                              caption_rules(subsets[picture.subset])) for picture in pictures}
+    texts = {picture.path.name: plain_caption(training_caption(picture, subset), subset)
+             for picture in pictures for subset in [subsets[picture.subset]]}
     may_be_cut = {name: text for name, text in texts.items() if len(text) > max_token_length}  # a token has a letter at least
     if not may_be_cut:
         return []

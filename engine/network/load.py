@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from crumb.engine.network.lora import Network
-from crumb.engine.network.read import read_lora
+from crumb.engine.network.read import read_lora, require_fit
 from crumb.profiles.errors import RequestError
 
 
@@ -11,7 +11,6 @@ def put_lora(network: Network, path: Path, part: str = "lora_") -> None:
     """The file's tensors in place of the network's, at strength 1; layers that the file lacks do nothing.
 
     `part`: how the names of the modules begin that are looked at: lora_unet, lora_te, or all.
-
     Rank and alpha are the file's own, layer by layer. RequestError where the file is damaged or made for other layers.
     """
     changes = {stem: change for stem, change in read_lora(path).items() if stem.startswith(part)}
@@ -23,12 +22,9 @@ def put_lora(network: Network, path: Path, part: str = "lora_") -> None:
         if stem not in changes:
             layer.lora_B.data.zero_()
             continue
-        down, up = changes[stem].down, changes[stem].up
-        if down.shape[1:] != layer.lora_A.shape[1:] or up.shape[0] != layer.lora_B.shape[0] or up.shape[1] != down.shape[0]:
-            raise RequestError(f"{path}: {stem} has the shapes {list(down.shape)} and {list(up.shape)}, which don't fit the "
-                               f"base model. Is it made for another one?")
-        layer.lora_A.data, layer.lora_B.data = (tensor.to(layer.lora_A) for tensor in (down, up))
-        layer.rank = down.shape[0]
+        require_fit(changes[stem], layer, stem, path)
+        layer.lora_A.data, layer.lora_B.data = (tensor.to(layer.lora_A) for tensor in (changes[stem].down, changes[stem].up))
+        layer.rank = len(layer.lora_A)
         layer.alpha = changes[stem].scale * layer.rank
     set_strength(network, 1.0)
 

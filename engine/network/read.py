@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from crumb.engine.model.keys import lora_stem
-from crumb.engine.network.lora import Network
+from crumb.engine.network.lora import LoRALayer, Network
 from crumb.engine.network.verify import known_stems, unet_modules
 from crumb.profiles.errors import RequestError
 from crumb.profiles.safetensors_header import read_header
@@ -74,17 +74,22 @@ def start_from(network: Network, path: Path) -> tuple[int, list[str]]:
                            f"blocks). Choose another file, or other targets.")
     for stem in known:
         layer = network.layers[stem]
+        require_fit(changes[stem], layer, stem, path)
         down, up = fitted(changes[stem], layer.rank)
-        theirs, ours = (up.shape[0], *down.shape[1:]), (layer.lora_B.shape[0], *layer.lora_A.shape[1:])
-        if theirs != ours:
-            raise RequestError(f"{stem} of {path} changes a layer of {theirs} where the base has {ours}: it belongs to another "
-                               f"base model.")
         with torch.no_grad():
             num_ranks = down.shape[0]
             layer.lora_A[:num_ranks] = down
             layer.lora_B.zero_()
             layer.lora_B[:, :num_ranks] = (up / layer.scaling).view(up.shape[0], num_ranks, *layer.lora_B.shape[2:])
     return len(known), sorted(changes.keys() - network.layers.keys())
+
+
+def require_fit(change: Change, layer: LoRALayer, stem: str, path: Path) -> None:
+    """RequestError where the change is not one of a layer as large as this."""
+    down, up = change.down.shape, change.up.shape
+    if down[1:] != layer.lora_A.shape[1:] or up[0] != layer.lora_B.shape[0] or up[1] != down[0]:
+        raise RequestError(f"{path}: {stem} has the shapes {list(down)} and {list(up)}, which don't fit the base model. Is it "
+                           f"made for another base?")
 
 
 def fitted(change: Change, rank: int) -> tuple[Tensor, Tensor]:
