@@ -46,7 +46,8 @@ def _work(run: RunDirectory) -> int:
     rank, count = launched_as()
     for folder in (run.control, run.checkpoints, run.samples):  # missing where a run was laid out by hand for two machines
         folder.mkdir(mode=0o700, exist_ok=True)
-    events, status = (EventWriter(run.events), Status(run, step=saved)) if rank == 0 else (SilentEvents(), SilentStatus(saved))
+    events, status = (EventWriter(run.events), Status(run, step=saved, num_processes=count)) if rank == 0 else (
+        SilentEvents(), SilentStatus(saved))
     state, code, message = "failed", 1, ""
     # Until the loop takes over, a request to end is an interrupt: nothing is lost before the first step.
     signal.signal(signal.SIGTERM, signal.default_int_handler if count == 1 else _launcher_ends_all)

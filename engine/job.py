@@ -43,7 +43,7 @@ from crumb.engine.train.trackers import finish_trackers, start_trackers, track
 from crumb.profiles.base_model import BaseModel
 from crumb.profiles.errors import CrumbError, RequestError
 from crumb.profiles.plan import Plan, load_plan
-from crumb.profiles.preflight import preflight
+from crumb.profiles.preflight import preflight, steps_of_several
 from crumb.profiles.sample_prompts import sample_prompts, texts_of
 from crumb.profiles.verdict import Judged, best_of, verdict
 
@@ -151,12 +151,14 @@ def _assemble(run: RunDirectory, plan: Plan, base: BaseModel, placement: Placeme
     num_batches = training_set.num_batches(plan.batch_size)
     num_regularization = len(training_set.regularization)
     events.emit("numbers", num_pictures=len(training_set.pictures) - num_regularization,
-                num_regularization=num_regularization, num_buckets=len(training_set.epoch.counts()),
+                num_held_out=len(training_set.held_out), num_regularization=num_regularization,
+                num_buckets=len(training_set.epoch.counts()),
                 steps_per_epoch=num_batches / plan.gradient_accumulation_steps, steps=plan.steps,
                 num_parameters=network.num_parameters, placement=placement.describe(), num_processes=processes.count,
                 pictures_per_step=plan.batch_size * plan.gradient_accumulation_steps)
     if processes.count > 1:
-        events.emit("warning", text=processes.describe(plan.batch_size, plan.gradient_accumulation_steps))
+        events.emit("warning", text=steps_of_several(processes.count, plan.batch_size,
+                                                     plan.gradient_accumulation_steps // processes.count))
     return job, step
 
 

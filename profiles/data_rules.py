@@ -103,7 +103,7 @@ def _derive_steps(result: Derivation, epoch: Epoch, shown: str) -> None:
     if "steps" in result.overrides:
         steps = result.value("steps")
         epochs = math.ceil(steps * accumulation / num_batches)
-        result.put("epochs", epochs, "COMMON", f"{steps} steps are about {epochs} epochs of {num_batches} batches")
+        result.put("epochs", epochs, "COMMON", f"{steps} steps of {num_batches} batches per epoch")
     every = _round_nicely(steps / SAVES_PER_RUN)
     result.put("save_every", every, "COMMON", f"{steps // every} times in {steps} steps, at round numbers")
     result.put("judge_every", result.value("save_every"), "LOSS", "each checkpoint's loss on fixed noise is measured")

@@ -142,7 +142,7 @@ def _parts(subsets: Sequence[Subset], known: Scan | None, on_progress: Callable[
     scans = {part.folder: part for part in known.parts or [known]} if known else {}
     num_done = 0
     parts = []
-    for subset in subsets:
+    for index, subset in enumerate(subsets):
         folder = Path(os.path.abspath(Path(subset.images).expanduser()))
         if folder not in scans:
             def progress(done: int, total: int, before: int = num_done) -> None:
@@ -150,7 +150,11 @@ def _parts(subsets: Sequence[Subset], known: Scan | None, on_progress: Callable[
                 num_done = before + done
                 if on_progress:
                     on_progress(num_done, before + total)
-            scans[folder] = scan_pictures(folder, progress)
+            try:
+                scans[folder] = scan_pictures(folder, progress)
+            except RequestError as error:
+                whose = "regularization pictures" if subset.regularization else f"subset {index}"
+                raise RequestError(f"{whose}: {error}" if index else str(error)) from None
         parts.append(scans[folder])
     return parts
 

@@ -17,7 +17,9 @@ from crumb.profiles.derivation import Derivation
 from crumb.profiles.derive import derive
 from crumb.profiles.errors import RequestError
 from crumb.profiles.hardware import Gpu, resolve_gpu
+from crumb.profiles.lora_file import starting_findings
 from crumb.profiles.plan import Plan, check_value, dump_plan, plan_fields
+from crumb.profiles.plan_rules import missing_packages
 from crumb.profiles.sample_prompts import without_options
 
 NUM_SAMPLE_PROMPTS = 2
@@ -99,12 +101,16 @@ def conclude(answers: Answers, scan: Scan | None = None) -> Interview:
         "skip_broken": answers.skip_broken,
         **settings,
     })
+    for text in starting_findings(plan):
+        derivation.warn("", text)
+    for name in missing_packages(plan.trackers):
+        derivation.warn("", f"trackers names {name}, whose package is missing here. Before training: `pip install {name}`.")
     return Interview(answers, scan, base, gpu, derivation, plan)
 
 
 def _with_absolute_folders(name: str, value: Any) -> Any:
     """A plan is taken up again from any folder."""
-    if name == "regularization" and value:
+    if name in ("regularization", "start_from") and value:
         return str(Path(value).expanduser().absolute())
     if name == "subsets":
         return [table | {"images": str(Path(table["images"]).expanduser().absolute())} for table in value]

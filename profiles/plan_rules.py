@@ -1,5 +1,6 @@
 """What must fit together in a plan, beyond the range of a single value."""
 
+import importlib.util
 from datetime import datetime
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
     from crumb.profiles.plan import Plan
 
 TRACKERS = ("tensorboard", "wandb", "comet_ml", "aim", "mlflow", "clearml", "dvclive", "swanlab", "trackio")
-"""accelerate's, by its names."""
+"""accelerate's, by its names, which are those of their packages too."""
 
 
 def check_together(plan: "Plan") -> None:
@@ -48,6 +49,11 @@ def check_together(plan: "Plan") -> None:
                            "makes that 0 at the last noise level. Set loss_weighting = \"min_snr\" or \"none\".")
     if plan.device == "cpu" and plan.mixed_precision == "fp16":
         raise RequestError("mixed_precision is fp16 with device cpu, which has no fast fp16. Set mixed_precision = \"no\".")
+
+
+def missing_packages(trackers: list[str]) -> list[str]:
+    """Those of the trackers whose package is not installed here."""
+    return [name for name in trackers if importlib.util.find_spec(name) is None]
 
 
 BLOCK_BOUNDS = {"block_ranks": (1, 1024), "block_alphas": (0.1, 1024), "block_rates": (0, 10)}

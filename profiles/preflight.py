@@ -8,8 +8,9 @@ from crumb.profiles.dataset import Scan, scan_subsets
 from crumb.profiles.errors import RequestError
 from crumb.profiles.hardware import count_gpus, detect_gpu
 from crumb.profiles.interview import check_scan
+from crumb.profiles.lora_file import starting_findings
 from crumb.profiles.plan import Plan
-from crumb.profiles.safetensors_header import read_header
+from crumb.profiles.plan_rules import missing_packages
 from crumb.profiles.subsets import effective_subsets
 
 
@@ -35,8 +36,11 @@ def preflight(plan: Plan, on_progress=None, resumes: bool = False) -> Facts:
         raise RequestError(f"{base.path} has no VAE baked in. Set vae in [base] to an SDXL VAE file.")
     if plan.vae:
         check_vae(plan.vae)
-    if plan.start_from and not resumes:
-        read_header(Path(plan.start_from))
+    if not resumes:
+        starting_findings(plan)
+    for name in missing_packages(plan.trackers):
+        raise RequestError(f"trackers names {name}, but its package is not installed. `pip install {name}`, or take it out of "
+                           f"trackers in [output] of the plan.")
     scan = scan_subsets(effective_subsets(plan), on_progress=on_progress)
     check_scan(scan, plan.skip_broken)
     return Facts(base, scan)
@@ -50,6 +54,14 @@ def check_gpus(plan: Plan, wanted: int) -> None:
     have = "no GPU that answers" if there == 0 else f"only {there} GPU{'s' * (there > 1)} to use"
     raise RequestError(f"--gpus {wanted} asks for {wanted} GPUs, but this machine has {have}. Give a smaller number, look at "
                        f"`crumb doctor` and CUDA_VISIBLE_DEVICES, or see docs/parallel.md for several machines.")
+
+
+def steps_of_several(num_processes: int, batch_size: int, accumulation: int) -> str:
+    """What a run shared by several processes makes of the plan's steps."""
+    return (f"{num_processes} processes share each step. Pictures per step = batch_size x gradient_accumulation_steps x "
+            f"processes = {batch_size} x {accumulation} x {num_processes} = {batch_size * accumulation * num_processes}. So "
+            f"the same steps show {num_processes} times the pictures: divide steps by {num_processes} for as many as one process "
+            f"would see.")
 
 
 def _check_device(plan: Plan) -> None:

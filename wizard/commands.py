@@ -21,7 +21,7 @@ from crumb.engine.run.events import read_events
 from crumb.engine.run.launch import launch_engine
 from crumb.profiles.errors import BusyError, RequestError
 from crumb.profiles.plan import load_plan, load_plan_to_move
-from crumb.profiles.preflight import check_gpus, preflight
+from crumb.profiles.preflight import check_gpus, preflight, steps_of_several
 
 NUM_LOG_LINES = 8
 TAIL_BYTES = 65536
@@ -35,6 +35,8 @@ def train(options) -> int:
     options.gpus = options.gpus or 1
     check_gpus(plan, options.gpus)
     preflight(plan)
+    if options.gpus > 1:
+        print(steps_of_several(options.gpus, plan.batch_size, plan.gradient_accumulation_steps))
     run = create_run(plan.name, text)
     code = start_and_watch(run, options)
     if code == 2 and not any(run.checkpoints.iterdir()) and not engine_is_alive(run):
@@ -48,16 +50,10 @@ def resume(options) -> int:
     run = find_run(options.name)
     check_resumable(run)
     plan = load_plan(run.plan)
-    options.gpus = options.gpus or gpus_of(run)
+    options.gpus = options.gpus or read_state(run).get("num_processes", 1)
     check_gpus(plan, options.gpus)
     preflight(plan, resumes=run.has_checkpoints)
     return start_and_watch(run, options)
-
-
-def gpus_of(run: RunDirectory) -> int:
-    """How many processes shared the run so far."""
-    told = [event.get("num_processes") for event in read_events(run.events)[0] if event["type"] == "numbers"]
-    return int(told[-1] or 1) if told else 1
 
 
 def check_resumable(run: RunDirectory) -> None:

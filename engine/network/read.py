@@ -16,11 +16,9 @@ from crumb.engine.model.keys import lora_stem
 from crumb.engine.network.lora import LoRALayer, Network
 from crumb.engine.network.verify import known_stems, unet_modules
 from crumb.profiles.errors import RequestError
+from crumb.profiles.lora_file import LORA_KEY, not_plain
 from crumb.profiles.safetensors_header import read_header
 
-_KINDS = re.compile(
-    r"(?P<name>.+)\.(?P<kind>alpha|lora_down\.weight|lora_up\.weight|lora_A(\.default)?\.weight|lora_B(\.default)?\.weight"
-    r"|lora\.down\.weight|lora\.up\.weight|lora_linear_layer\.down\.weight|lora_linear_layer\.up\.weight)")
 _TEXT_ENCODERS = {"text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
 
 
@@ -38,11 +36,10 @@ def read_lora(path: Path) -> dict[str, Change]:
     header, metadata = read_header(path)
     parts: dict[str, dict[str, str]] = defaultdict(dict)
     for key in header:
-        match = _KINDS.fullmatch(key)
+        match = LORA_KEY.fullmatch(key)
         stem = match and _stem(match["name"])
         if not stem:
-            raise RequestError(f"{path} holds {key}, which is no weight of a plain SDXL LoRA (LoHa, LoKr, DoRA and LoRAs of "
-                               f"other models are not). Choose another file.")
+            raise not_plain(path, key)
         kind = "alpha" if match["kind"] == "alpha" else "down" if re.search("down|lora_A", match["kind"]) else "up"
         parts[stem][kind] = key
     try:

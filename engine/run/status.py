@@ -23,7 +23,8 @@ class SilentStatus:
 
 
 class Status:
-    """The engine's side of state.json. Fields: state, phase, step, steps, pid, exit_code, message, heartbeat."""
+    """The engine's side of state.json. Fields: state, phase, step, steps, pid, num_processes, exit_code, message,
+    heartbeat."""
 
     def __init__(self, run: RunDirectory, **fields):
         self._run = run

@@ -39,8 +39,7 @@ def mean_loss(trainer: Trainer, indices: list[int], plan: Plan) -> float:
         generator = step_generator(plan.seed, index, -2)
         for start in range(0, len(levels), plan.batch_size):
             timesteps = torch.tensor(levels[start:start + plan.batch_size])
-            # Whole pictures, whatever is trained of them: a mask's own loss would not tell what becomes of the rest.
-            batch = replace(trainer.training_set.batch([index] * len(timesteps)), masks=None)
+            batch = trainer.training_set.batch([index] * len(timesteps))  # under its mask, as it is trained
             if trainer.encoders:
                 batch = encode_batch(batch, trainer.encoders, plan, learns=False)
             latents = batch.latent_mean * trainer.scaling_factor

@@ -66,12 +66,6 @@ class Processes:
         """Which part of this machine's cache entries is made here: every `share[1]`-th from `share[0]` on."""
         return self.local_rank, self.local_count
 
-    def describe(self, batch_size: int, passes: int) -> str:
-        """What the processes make of the plan's steps; `passes` are those of all processes in a step."""
-        return (f"{self.count} processes share each step. Pictures per step = batch_size x gradient_accumulation_steps x "
-                f"processes = {batch_size} x {passes // self.count} x {self.count} = {batch_size * passes}. So the same steps "
-                f"show {self.count} times the pictures: divide steps by {self.count} for as many as one process would see.")
-
     def together(self, work: Callable[[], Result]) -> Result:
         """Does the work and waits until all have done theirs; what was wrong in one of them is raised in all."""
         if self.count == 1:

@@ -1,6 +1,5 @@
 """Sends a run's numbers to TensorBoard, Weights & Biases and the like through accelerate, where the plan names one."""
 
-import importlib.util
 import logging
 from collections.abc import Callable
 from dataclasses import asdict
@@ -15,19 +14,14 @@ from crumb.profiles.plan import Plan
 log = logging.getLogger("crumb")
 
 PROJECT = "crumb"
-PACKAGES = {"comet_ml": "comet_ml", "tensorboard": "tensorboard"}
 STEP_NUMBERS = ("loss", "loss_smoothed", "learning_rate", "grad_norm", "seconds", "images_per_s", "vram_peak_bytes")
 JUDGED_NUMBERS = ("training_loss", "held_out_loss")
 
 
 def start_trackers(plan: Plan, run: RunDirectory) -> list[GeneralTracker]:
-    """The plan's trackers, started; RequestError where a package is missing or a service refuses."""
+    """The plan's trackers, started; RequestError where a service refuses."""
     trackers = []
     for name in plan.trackers:
-        package = PACKAGES.get(name, name)
-        if importlib.util.find_spec(package) is None:
-            raise RequestError(f"trackers names {name}, but its package is not installed. `pip install {package}`, or take it "
-                               f"out of trackers in [output] of the plan.")
         PartialState()  # accelerate's trackers ask it which process they are in
         make = LOGGER_TYPE_TO_CLASS[name]
         try:

@@ -197,8 +197,10 @@ def _progress(state: DashboardState, event: dict, when: float) -> None:
 def _numbers(state: DashboardState, event: dict, when: float) -> None:
     state.numbers = {key: value for key, value in event.items() if key not in ("time", "type")}
     state.steps = int(event.get("steps") or state.steps)
-    counts = (("num_pictures", "pictures"), ("num_buckets", "buckets"), ("steps_per_epoch", "steps per epoch"))
-    words = [f"{event[key]} {noun}" for key, noun in counts if event.get(key) is not None]
+    counts = (("num_pictures", "picture"), ("num_held_out", "of them held out"), ("num_regularization", "for regularization"),
+              ("num_buckets", "bucket"), ("steps_per_epoch", "steps per epoch"))
+    words = [f"{event[key]:g} {noun}{'s' * (' ' not in noun and event[key] != 1)}" for key, noun in counts
+             if finite(event.get(key))]
     if words:
         _remark(state, when, "plain", ", ".join(words))
 

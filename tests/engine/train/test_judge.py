@@ -29,12 +29,10 @@ def test_training_goes_on_as_if_nobody_had_judged(trainer):
         assert judged.train_step(step)["loss"] == plain.train_step(step)["loss"]
 
 
-def test_whole_pictures_are_measured_and_no_regularization_pictures(trainer, tmp_path):
+def test_neither_mirrored_nor_regularization_pictures_are_measured(trainer):
     run = trainer()
     first = judge(run, 0)
     for index in range(4):
-        run.training_set.mask_paths[index] = tmp_path / "masks" / "m" / f"{index}.safetensors"
-        write_entry(run.training_set.mask_paths[index], {"mask": torch.eye(16)[None]})
         run.training_set.mirrored_paths[index] = run.training_set.latent_paths[index - 1]
     assert judge(run, 0) == first
     subset = run.training_set.subsets[0]
@@ -44,9 +42,16 @@ def test_whole_pictures_are_measured_and_no_regularization_pictures(trainer, tmp
     assert judge(run, 0).training_loss == expected != first.training_loss
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 8])
-def test_mean_by_hand_and_independent_of_batch_size(trainer, batch_size):
-    run = trainer(batch_size=batch_size, loss_type="huber", loss_weighting="min_snr")
+@pytest.mark.parametrize(("batch_size", "masked"), [(1, False), (3, False), (8, False), (3, True)])
+def test_mean_by_hand_and_independent_of_batch_size(trainer, batch_size, masked, tmp_path):
+    run = trainer(batch_size=batch_size, loss_type="huber", loss_weighting="min_snr", mask_floor=0.25)
+    counts = torch.ones(16, 16, dtype=torch.float64)
+    if masked:
+        counts = torch.full_like(counts, 0.25)
+        counts[:, :3] = 1
+        for index in (0, 2):
+            run.training_set.mask_paths[index] = tmp_path / "masks" / "m" / f"{index}.safetensors"
+            write_entry(run.training_set.mask_paths[index], {"mask": (counts == 1).float()[None]})
     plain = replace(run.plan, loss_type="l2", loss_weighting="none")
     schedule, expected = alphas_cumprod(False).double(), []
     for index in (0, 2):
@@ -58,7 +63,8 @@ def test_mean_by_hand_and_independent_of_batch_size(trainer, batch_size):
             with torch.no_grad():
                 prediction = run.unet(noisy.float(), torch.tensor([timestep]), batch.encoder_hidden_states,
                                       added_cond_kwargs={"text_embeds": batch.pooled, "time_ids": batch.time_ids}).sample
-            expected.append((prediction - noise).double().square().mean().item())
+            squares = (prediction - noise).double().square() * counts
+            expected.append((squares.sum() / (4 * counts.sum())).item())
     got = mean_loss(run, [0, 2], plain)
     assert got == pytest.approx(sum(expected) / len(expected), rel=1e-5)
     chosen = judge_module._some([0, 2], 42)
