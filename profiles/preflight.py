@@ -58,10 +58,10 @@ def check_gpus(plan: Plan, wanted: int) -> None:
 
 def steps_of_several(num_processes: int, batch_size: int, accumulation: int) -> str:
     """What a run shared by several processes makes of the plan's steps."""
+    pictures = batch_size * accumulation * num_processes
     return (f"{num_processes} processes share each step. Pictures per step = batch_size x gradient_accumulation_steps x "
-            f"processes = {batch_size} x {accumulation} x {num_processes} = {batch_size * accumulation * num_processes}. So "
-            f"the same steps show {num_processes} times the pictures: divide steps by {num_processes} for as many as one process "
-            f"would see.")
+            f"processes = {batch_size} x {accumulation} x {num_processes} = {pictures}. So the same steps show {num_processes} "
+            f"times the pictures: divide steps by {num_processes} for as many as one process would see.")
 
 
 def _check_device(plan: Plan) -> None:
