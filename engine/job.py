@@ -1,6 +1,5 @@
 """The main job, top to bottom: Plan -> Dataset -> Caches -> Model -> Network -> Placement -> Loop -> file."""
 
-import hashlib
 import json
 import logging
 import time
@@ -21,6 +20,7 @@ from crumb.engine.network.read import start_from
 from crumb.engine.network.save import save_lora
 from crumb.engine.network.text import attach_text_lora
 from crumb.engine.network.verify import verify_lora
+from crumb.engine.run.belonging import belongs_to_another, plan_digest
 from crumb.engine.run.control import catch_signals, progress_reporter, take_request
 from crumb.engine.run.directory import RunDirectory, write_atomic
 from crumb.engine.run.events import EventWriter
@@ -41,21 +41,13 @@ from crumb.engine.train.parallel import Processes, join_processes
 from crumb.engine.train.sample import sample_pictures
 from crumb.engine.train.trackers import finish_trackers, start_trackers, track
 from crumb.profiles.base_model import BaseModel
-from crumb.profiles.errors import CrumbError, RequestError
+from crumb.profiles.errors import CrumbError
 from crumb.profiles.plan import Plan, load_plan
 from crumb.profiles.preflight import preflight, steps_of_several
 from crumb.profiles.sample_prompts import sample_prompts, texts_of
 from crumb.profiles.verdict import Judged, best_of, verdict
 
 log = logging.getLogger("crumb")
-
-CHANGEABLE = {
-    "name", "created", "gradient_checkpointing", "cache_latents", "vram_gib", "skip_broken", "save_precision",
-    "start_from", "save_every", "keep_checkpoints", "trackers", "judge_every", "sample_every", "sample_prompts",
-    "sample_negative",
-    "sample_steps", "sample_guidance", "images", "regularization", "base_model", "vae",
-}
-"""Settings that don't change what is learned, or whose content is compared by its own hash; so with subsets' folders."""
 
 VERSIONS = ("torch", "diffusers", "transformers", "safetensors")
 
@@ -133,33 +125,43 @@ def _assemble(run: RunDirectory, plan: Plan, base: BaseModel, placement: Placeme
                   "set of pictures and captions": training_set.digest()}
     job = Job(run, plan, base, placement, training_set, trainer, belongs_to)
 
-    step = 0
-    found = processes.together(
-        lambda: load_checkpoint(run, belongs_to, lambda text: events.emit("warning", text=text), _belongs_to_another))
-    if found:
-        state, tensors = found
-        restore(state, tensors, network, optimizer, scaler)
-        step, trainer.loss_smoothed = state["step"], state["progress"]["loss_smoothed"]
-        job.history = [Judged(**judged) for judged in state["progress"]["judged"]]
-    elif plan.start_from:
-        _start_from(network, Path(plan.start_from), events)
+    step = processes.together(lambda: _take_up(job))
     # An optimizer differs where one machine lacks the package that the plan names.
-    processes.require_same(belongs_to | {"checkpoint to go on from": str(step), "optimizer": str(type(optimizer))})
+    processes.require_same(job.belongs_to | {"checkpoint to go on from": str(step), "optimizer": str(type(optimizer))})
     status.update(step=step)
     events.emit("started", pid=status.pid, device=_device_name(placement), step=step, steps=plan.steps,
                 versions={name: version(name) for name in VERSIONS})
-    num_batches = training_set.num_batches(plan.batch_size)
-    num_regularization = len(training_set.regularization)
-    events.emit("numbers", num_pictures=len(training_set.pictures) - num_regularization,
-                num_held_out=len(training_set.held_out), num_regularization=num_regularization,
-                num_buckets=len(training_set.epoch.counts()),
-                steps_per_epoch=num_batches / plan.gradient_accumulation_steps, steps=plan.steps,
-                num_parameters=network.num_parameters, placement=placement.describe(), num_processes=processes.count,
-                pictures_per_step=plan.batch_size * plan.gradient_accumulation_steps)
-    if processes.count > 1:
-        events.emit("warning", text=steps_of_several(processes.count, plan.batch_size,
-                                                     plan.gradient_accumulation_steps // processes.count))
+    _tell_numbers(job)
     return job, step
+
+
+def _take_up(job: Job) -> int:
+    """Puts the newest checkpoint's state, or the LoRA that the plan starts from, in place; returns the last finished step."""
+    trainer = job.trainer
+    found = load_checkpoint(job.run, job.belongs_to, lambda text: job.events.emit("warning", text=text), belongs_to_another)
+    if found:
+        state, tensors = found
+        restore(state, tensors, trainer.network, trainer.optimizer, trainer.scaler)
+        trainer.loss_smoothed = state["progress"]["loss_smoothed"]
+        job.history = [Judged(**judged) for judged in state["progress"]["judged"]]
+        return state["step"]
+    if job.plan.start_from:
+        _start_from(trainer.network, Path(job.plan.start_from), job.events)
+    return 0
+
+
+def _tell_numbers(job: Job) -> None:
+    plan, training_set, processes = job.plan, job.training_set, job.trainer.processes
+    num_regularization = len(training_set.regularization)
+    job.events.emit(
+        "numbers", num_pictures=len(training_set.pictures) - num_regularization, num_held_out=len(training_set.held_out),
+        num_regularization=num_regularization, num_buckets=len(training_set.epoch.counts()),
+        steps_per_epoch=training_set.num_batches(plan.batch_size) / plan.gradient_accumulation_steps, steps=plan.steps,
+        num_parameters=job.trainer.network.num_parameters, placement=job.placement.describe(),
+        num_processes=processes.count, pictures_per_step=plan.batch_size * plan.gradient_accumulation_steps)
+    if processes.count > 1:
+        job.events.emit("warning", text=steps_of_several(processes.count, plan.batch_size,
+                                                         plan.gradient_accumulation_steps // processes.count))
 
 
 def _start_from(network: Network, path: Path, events: EventWriter) -> None:
@@ -289,19 +291,6 @@ def _metadata(job: Job, step: int) -> dict[str, str]:
     pictures, crops, captions = ([of_all[index] for index in (*training_set.trained, *training_set.regularization)]
                                  for of_all in (training_set.pictures, training_set.crops, training_set.captions))
     return lora_metadata(job.plan, training_set.base_sha256, pictures, crops, captions, step)
-
-
-def plan_digest(plan: Plan) -> str:
-    """Of the settings that the result depends on; the others may be changed between stop and resume."""
-    settings = {name: value for name, value in asdict(plan).items() if name not in CHANGEABLE}
-    settings["subsets"] = [{key: value for key, value in table.items() if key != "images"} for table in plan.subsets]
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-
-
-def _belongs_to_another(what: str) -> RequestError:
-    count = " The number of GPUs is part of it, as gradient_accumulation_steps x GPUs." if what == "plan.toml" else ""
-    return RequestError(f"The {what} is not what this run's checkpoints were made with.{count} Undo the change to go on, or "
-                        f"start a new run under another name.")
 
 
 def _device_name(placement: Placement) -> str:

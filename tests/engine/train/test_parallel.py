@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from crumb.engine import job
+from crumb.engine.run.belonging import belongs_to_another, plan_digest
 from crumb.engine.run.directory import RunDirectory, create_run, engine_is_alive, read_state
 from crumb.engine.run.events import read_events
 from crumb.engine.run.processes import accelerate_command
@@ -222,10 +222,10 @@ def test_more_gpus_than_there_are_is_a_sentence(make_plan, monkeypatch):
 
 def test_a_checkpoint_belongs_to_a_number_of_passes_whoever_makes_them(make_plan):
     """Two processes that make two passes each go on with what four made with one; run_job multiplies."""
-    assert job.plan_digest(make_plan(gradient_accumulation_steps=2 * 2)) == job.plan_digest(
+    assert plan_digest(make_plan(gradient_accumulation_steps=2 * 2)) == plan_digest(
         make_plan(gradient_accumulation_steps=1 * 4))
-    assert job.plan_digest(make_plan(gradient_accumulation_steps=2)) != job.plan_digest(make_plan())
-    assert "number of GPUs" in str(job._belongs_to_another("plan.toml"))
+    assert plan_digest(make_plan(gradient_accumulation_steps=2)) != plan_digest(make_plan())
+    assert "number of GPUs" in str(belongs_to_another("plan.toml"))
 
 
 def test_what_differs_between_machines_is_named(make_plan, monkeypatch):
