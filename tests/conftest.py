@@ -11,6 +11,12 @@ import pytest
 from crumb.profiles.plan import Plan
 
 
+def pytest_configure(config):
+    """Without a GPU Triton's kernels run in its interpreter, which must be known before any of them is imported."""
+    if config.getoption("markexpr") != "gpu":
+        os.environ["TRITON_INTERPRET"] = "1"
+
+
 @pytest.fixture(scope="session", autouse=True)
 def private_folders(tmp_path_factory):
     """No test touches this person's caches, state or runs; the cache is shared by the session, as in life."""

@@ -15,7 +15,7 @@ FORBIDDEN = {
     "profiles": (*HEAVY, "textual", "rich", "crumb.wizard", "crumb.engine", "crumb.kernels"),
     "engine": ("textual", "rich", "crumb.wizard"),
     "engine/run": (*HEAVY, "textual", "rich", "crumb.wizard", "crumb.kernels"),
-    "kernels": ("crumb", "diffusers", "transformers", "textual", "rich"),
+    "kernels": ("crumb.engine", "crumb.profiles", "crumb.wizard", "diffusers", "transformers", "textual", "rich"),
 }
 
 
