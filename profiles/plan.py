@@ -16,7 +16,7 @@ from crumb.profiles.checks import checked, from_text, nearest, toml_value
 from crumb.profiles.checks import setting as _setting
 from crumb.profiles.errors import RequestError
 from crumb.profiles.optimizers import OPTIMIZERS
-from crumb.profiles.plan_rules import check_together
+from crumb.profiles.plan_rules import BLOCK_BOUNDS, check_block_values, check_together
 from crumb.profiles.subsets import check_subsets
 
 PLAN_VERSION = 1
@@ -86,6 +86,8 @@ class Plan:
 
     block_ranks: dict = _setting("network", "Ranks of single U-Net blocks, such as {IN08 = 64}; others take rank", {})
     block_alphas: dict = _setting("network", "Alphas of single U-Net blocks; others take alpha", {})
+    conv_block_ranks: dict = _setting("network", "Ranks of single blocks' 3x3 convolutions; others take conv_rank", {})
+    conv_block_alphas: dict = _setting("network", "Alphas of single blocks' 3x3 convolutions; others take conv_alpha", {})
     block_rates: dict = _setting("network", "Factors on the learning rate of single U-Net blocks; 0 = it doesn't learn", {})
     network_dropout: float = _setting("network", "Share of the LoRA's inner values left out at random", 0.0, low=0, high=0.9)
     rank_dropout: float = _setting("network", "Share of ranks left out at random, for each picture anew", 0.0, low=0,
@@ -271,6 +273,8 @@ def check_value(name: str, value: Any) -> Any:
     if isinstance(value, str):
         value = from_text(fields[name], value)
     value = checked(fields[name], value)
+    if name in BLOCK_BOUNDS:
+        check_block_values(name, value)
     return check_subsets(value, fields) if name == "subsets" else value
 
 

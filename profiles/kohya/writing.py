@@ -53,15 +53,34 @@ def convolutions(plan: Plan) -> dict[str, Any]:
 
 
 def block_ranks(plan: Plan) -> dict[str, Any]:
-    return {"block_dims": block_list(plan.block_ranks, BLOCK_POSITIONS, plan.rank)} if plan.block_ranks else {}
+    return _block_dims(plan) if plan.block_ranks else {}
 
 
 def block_alphas(plan: Plan) -> dict[str, Any]:
-    """sd-scripts reads them only beside block_dims or block weights."""
+    """sd-scripts reads this list and the convolutions' only beside block_dims or block weights."""
     if not plan.block_alphas:
         return {}
-    ranks = {} if plan.block_ranks else {"block_dims": block_list({}, BLOCK_POSITIONS, plan.rank)}
-    return ranks | {"block_alphas": block_list(plan.block_alphas, BLOCK_POSITIONS, plan.alpha)}
+    return _block_dims(plan) | {"block_alphas": block_list(plan.block_alphas, BLOCK_POSITIONS, plan.alpha)}
+
+
+def conv_block_ranks(plan: Plan) -> dict[str, Any]:
+    return _block_dims(plan) | _conv_block_dims(plan) if plan.conv_block_ranks else {}
+
+
+def conv_block_alphas(plan: Plan) -> dict[str, Any]:
+    """Read only beside conv_block_dims."""
+    if not plan.conv_block_alphas:
+        return {}
+    return _block_dims(plan) | _conv_block_dims(plan) | {
+        "conv_block_alphas": block_list(plan.conv_block_alphas, BLOCK_POSITIONS, plan.conv_alpha)}
+
+
+def _block_dims(plan: Plan) -> dict[str, Any]:
+    return {"block_dims": block_list(plan.block_ranks, BLOCK_POSITIONS, plan.rank)}
+
+
+def _conv_block_dims(plan: Plan) -> dict[str, Any]:
+    return {"conv_block_dims": block_list(plan.conv_block_ranks, BLOCK_POSITIONS, plan.conv_rank)}
 
 
 def block_rates(plan: Plan) -> dict[str, Any]:

@@ -154,6 +154,29 @@ def test_the_files_are_ones_that_sd_scripts_reads(tmp_path):
     assert next(iter(texts.values())).startswith("# A crumb plan for sd-scripts")
 
 
+@pytest.mark.parametrize("of_blocks", [
+    {"block_ranks": {"IN08": 3}}, {"block_alphas": {"MID": 2.5}}, {"conv_block_ranks": {"IN01": 6, "MID": 1}},
+    {"conv_block_alphas": {"OUT02": 3.0}},
+    {"block_ranks": {"IN08": 3}, "block_alphas": {"MID": 2.5}, "conv_block_ranks": {"IN01": 6},
+     "conv_block_alphas": {"MID": 3.0}}])
+def test_numbers_of_blocks_go_there_and_back(tmp_path, of_blocks):
+    """sd-scripts counts 23: the embeddings, nine down, three in the middle, nine up, the output; each list wants others."""
+    plan = make_plan(rank=8, alpha=4.0, targets="attention+ff+conv", conv_rank=2, conv_alpha=1.0, **of_blocks)
+    written = dict(text.split("=", 1) for text in export_plan(plan).settings["network"]["network_args"])
+    lists = {key: value.split(",") for key, value in written.items() if key.endswith(("dims", "alphas"))}
+    assert "block_dims" in lists and all(len(values) == 23 for values in lists.values())
+    assert ("conv_block_dims" in lists) == any(name.startswith("conv") for name in of_blocks)
+    if len(of_blocks) == 4:
+        assert lists == {"block_dims": ["8"] * 9 + ["3"] + ["8"] * 13,
+                         "block_alphas": ["4.0"] * 10 + ["2.5"] * 3 + ["4.0"] * 10,
+                         "conv_block_dims": ["2", "2", "6"] + ["2"] * 20,
+                         "conv_block_alphas": ["1.0"] * 10 + ["3.0"] * 3 + ["1.0"] * 10}
+    again = read_back(plan, tmp_path)
+    for name in ("block_ranks", "block_alphas", "conv_block_ranks", "conv_block_alphas"):
+        assert again.get(name, {}) == of_blocks.get(name, {}), name
+    assert (again["conv_rank"], again["conv_alpha"], again["targets"]) == (2, 1.0, "attention+ff+conv")
+
+
 @pytest.mark.parametrize("values", [{"scheduler": "constant"}, {"save_every": 0}, {"judge_every": 0}])
 def test_what_would_stop_sd_scripts_is_not_written(values):
     """It divides by these steps, and refuses a warm-up with `constant`."""
