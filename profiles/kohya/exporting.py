@@ -74,6 +74,12 @@ def export_plan(plan: Plan) -> Export:
     return result
 
 
+def network_args(plan: Plan) -> dict[str, str]:
+    """What of it sd-scripts takes as network_args, for a file's metadata: what is switched on, as texts."""
+    return {key: str(value) for row in TABLE if row.place == "network_args"
+            for key, value in _written(Export(), row, plan).items() if not is_neutral(value, row.neutral)}
+
+
 def _written(result: Export, row: Row, plan: Plan) -> dict[str, Any]:
     """The row's keys and values, or an entry in one of the two lists."""
     names = [name for name in row.crumb if name in plan_fields()]
