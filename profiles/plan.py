@@ -172,6 +172,11 @@ class Plan:
         return max(self.text_encoder_learning_rate, self.text_encoder_2_learning_rate) > 0
 
     @property
+    def num_text_steps(self) -> int:
+        """The first so many steps are those in which the text encoders learn."""
+        return round(self.steps * self.text_encoder_stop_after) if self.text_encoders_learn else 0
+
+    @property
     def num_caption_variants(self) -> int:
         """Where the text encoders learn nothing is cached, and every view may be a text of its own."""
         return 1 << 30 if self.text_encoders_learn else self.caption_variants
@@ -215,7 +220,7 @@ def parse_plan(text: str, source: str = "the plan") -> Plan:
             _check_key(key, section, source)
             values[key] = value
     for name, setting in plan_fields().items():
-        if name not in values and setting.default is dataclasses.MISSING and not _has_factory(setting):
+        if name not in values and setting.default is setting.default_factory is dataclasses.MISSING:
             raise RequestError(f"{source}: {name} is missing from [{setting.metadata['section']}]: "
                                f"{setting.metadata['help']}.")
     try:
@@ -289,7 +294,3 @@ def _check_key(key: str, section: str, source: str) -> None:
 
 def _sections() -> list[str]:
     return list(dict.fromkeys(setting.metadata["section"] for setting in plan_fields().values()))
-
-
-def _has_factory(setting: dataclasses.Field) -> bool:
-    return setting.default_factory is not dataclasses.MISSING

@@ -59,8 +59,6 @@ def export_plan(plan: Plan) -> Export:
         written["network"]["network_args"] = arguments
     for name, values in FIXED.items():
         written[name] = {**written.get(name, {}), **values}
-    if "text_encoder_lr" not in written["optimizer"]:  # left out, sd-scripts would train them at learning_rate
-        written["optimizer"]["network_train_unet_only"] = True
     result.settings = {name: written[name] for name in SECTIONS}
     side = plan.resolution
     dataset = {DATASET_KEYS.get(key, key): value for key, value in written["dataset"].items()}

@@ -103,13 +103,13 @@ def learning_rate(plan: Plan) -> dict[str, Any]:
 
 
 def text_encoder_rates(plan: Plan) -> dict[str, Any]:
-    """Without the settings, as with rates of 0, the U-Net is trained alone."""
-    rates = [getattr(plan, name, 0.0) for name in ("text_encoder_learning_rate", "text_encoder_2_learning_rate")]
-    return {"text_encoder_lr": rates} if any(rates) else {"network_train_unet_only": True}
+    """With rates of 0, or a stop before the first step, the U-Net alone: left out, both would learn at learning_rate."""
+    rates = [plan.text_encoder_learning_rate, plan.text_encoder_2_learning_rate]
+    return {"text_encoder_lr": rates} if plan.num_text_steps else {"network_train_unet_only": True}
 
 
 def text_encoder_stop(plan: Plan) -> dict[str, Any]:
-    if plan.text_encoder_stop_after < 1:
+    if 0 < plan.num_text_steps < plan.steps:
         raise Untaken("sd-scripts trains a LoRA's text encoders to the end")
     return {}
 

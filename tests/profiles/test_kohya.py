@@ -131,6 +131,10 @@ def test_mapped(key):
     ({"lr_warmup_steps": 0.2}, {"warmup_ratio": 0.2}),
     ({"lr_warmup_steps": "25%"}, {"warmup_ratio": 0.25}),
     ({"lr_warmup": 4, "gui": True}, {"warmup_ratio": 0.04}),
+    ({"stop_text_encoder_training_pct": 0}, {"text_encoder_stop_after": 1.0}),
+    ({"stop_text_encoder_training_pct": -1}, {"text_encoder_stop_after": 0.0}),
+    ({"stop_text_encoder_training": -1}, {"text_encoder_stop_after": 0.0}),
+    ({"stop_text_encoder_training": 0}, {"text_encoder_stop_after": 1.0}),
     ({"resolution": 1000}, {"resolution": 1024}),
     ({"network_dim": "16", "network_alpha": "0.0"}, {"rank": 16, "alpha": 16.0}),
     ({"optimizer_type": "Prodigy", "learning_rate": 1e-4}, {"learning_rate": 1.0, "optimizer": "Prodigy"}),
@@ -258,13 +262,13 @@ UPCOMING = {
 @pytest.mark.parametrize("name", UPCOMING)
 def test_settings_that_a_plan_may_get_go_both_ways(name):
     """On the rows themselves, so that it holds before and after the plan has them."""
-    general = {"rank": 8, "alpha": 4.0, "conv_rank": 2, "conv_alpha": 1.0}
+    general = {"rank": 8, "alpha": 4.0, "conv_rank": 2, "conv_alpha": 1.0, "num_text_steps": 100}
     plan = SimpleNamespace(**general, **UPCOMING)
     row = next(row for row in TABLE if name in row.crumb and row.to_kohya)
     written = {key: str(value) if row.place == "network_args" else value for key, value in row.to_kohya(plan).items()}
     assert row.to_crumb(file_of(**{"network_dim": 8, "network_alpha": 4.0, "conv_dim": 2}, **written))[name] == UPCOMING[name]
     nothing = {key: type(value)() for key, value in UPCOMING.items()}
-    off = SimpleNamespace(**general, **nothing | {"lora_plus_ratio": 1.0})
+    off = SimpleNamespace(**general | nothing | {"lora_plus_ratio": 1.0, "num_text_steps": 0})
     assert not {key for key, value in row.to_kohya(off).items() if value == UPCOMING[name]}
 
 

@@ -154,6 +154,23 @@ def test_the_files_are_ones_that_sd_scripts_reads(tmp_path):
     assert next(iter(texts.values())).startswith("# A crumb plan for sd-scripts")
 
 
+@pytest.mark.parametrize(("steps", "rates", "stop", "expected", "told"), [
+    (100, (1e-5, 2e-5), 1.0, (1e-5, 2e-5), False), (100, (1e-5, 0.0), 0.5, (1e-5, 0.0), True),
+    (100, (1e-5, 2e-5), 0.0, (0.0, 0.0), False), (100, (1e-5, 2e-5), 0.004, (0.0, 0.0), False),  # not one step
+    (100, (0.0, 0.0), 0.5, (0.0, 0.0), False)])
+def test_text_encoders_that_never_learn_are_left_out(tmp_path, steps, rates, stop, expected, told):
+    """sd-scripts has no stop: what ends before the first step is network_train_unet_only, what ends later is told."""
+    plan = make_plan(steps=steps, text_encoder_learning_rate=rates[0], text_encoder_2_learning_rate=rates[1],
+                     text_encoder_stop_after=stop)
+    export = export_plan(plan)
+    written = export.settings["optimizer"]
+    assert written.get("text_encoder_lr") == (list(expected) if any(expected) else None)
+    assert written.get("network_train_unet_only", False) is not any(expected)
+    assert ("text_encoder_stop_after" in {left.key for left in export.missing}) == told
+    again = read_back(plan, tmp_path)
+    assert (again["text_encoder_learning_rate"], again["text_encoder_2_learning_rate"]) == expected
+
+
 @pytest.mark.parametrize("of_blocks", [
     {"block_ranks": {"IN08": 3}}, {"block_alphas": {"MID": 2.5}}, {"conv_block_ranks": {"IN01": 6, "MID": 1}},
     {"conv_block_alphas": {"OUT02": 3.0}},

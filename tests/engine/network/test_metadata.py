@@ -42,8 +42,10 @@ def test_network_args_are_what_sd_scripts_would_have_been_given(metadata_of, set
     assert json.loads(metadata_of(**settings)["ss_network_args"]) == expected
 
 
-@pytest.mark.parametrize(("first", "second", "expected"), [
-    (0.0, 0.0, "0.0"), (1e-5, 1e-5, "1e-05"), (1e-5, 2e-5, "[1e-05, 2e-05]"), (0.0, 2e-5, "[0.0, 2e-05]")])
-def test_rates_of_text_encoders_are_one_number_or_both(metadata_of, first, second, expected):
-    metadata = metadata_of(learning_rate=1e-4, text_encoder_learning_rate=first, text_encoder_2_learning_rate=second)
+@pytest.mark.parametrize(("first", "second", "stop", "expected"), [
+    (0.0, 0.0, 1.0, "0.0"), (1e-5, 1e-5, 1.0, "1e-05"), (1e-5, 2e-5, 0.5, "[1e-05, 2e-05]"), (0.0, 2e-5, 1.0, "[0.0, 2e-05]"),
+    (1e-5, 2e-5, 0.0, "0.0")])
+def test_rates_of_text_encoders_are_one_number_or_both(metadata_of, first, second, stop, expected):
+    metadata = metadata_of(learning_rate=1e-4, text_encoder_learning_rate=first, text_encoder_2_learning_rate=second,
+                           text_encoder_stop_after=stop)
     assert (metadata["ss_text_encoder_lr"], metadata["ss_unet_lr"]) == (expected, "0.0001")
