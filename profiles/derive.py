@@ -8,12 +8,13 @@ from dataclasses import replace
 
 from crumb.profiles.answers import Answers
 from crumb.profiles.base_model import BaseModel
-from crumb.profiles.blocks import ATTENTION_BLOCKS, BLOCKS
+from crumb.profiles.blocks import ATTENTION_BLOCKS, CONVOLUTION_BLOCKS, RESNET_BLOCKS
 from crumb.profiles.data_rules import class_word_for, derive_data, derive_held_out, derive_length, subsets_for, warn_of_data
 from crumb.profiles.dataset import Scan
 from crumb.profiles.derivation import Derivation, Derived
 from crumb.profiles.hardware import Gpu
 from crumb.profiles.optimizers import ADAPTIVE_OPTIMIZERS
+from crumb.profiles.plan_rules import BLOCK_BOUNDS
 from crumb.profiles.vram import estimate_vram_gib
 
 COUNT_RANGE = {"character": (10, 50), "face": (10, 50), "style": (100, 4000), "concept": (50, 2000)}
@@ -265,9 +266,10 @@ def _warn(result: Derivation, answers: Answers, scan: Scan, base: BaseModel, gpu
 def _warn_of_blocks(result: Derivation) -> None:
     """Numbers for blocks in which nothing learns are ignored (BLOCK-ATTN); that is said."""
     conv = "conv" in result.value("targets")
-    with_layers = {block for block in BLOCKS if block not in ("IN00", "IN03", "IN06")} if conv else set(ATTENTION_BLOCKS)
-    for name in ("block_ranks", "block_alphas", "block_rates"):
-        idle = sorted(set(result.overrides.get(name, {})) - with_layers)
+    for name in BLOCK_BOUNDS:
+        of_convolutions = name in ("conv_block_ranks", "conv_block_alphas", "block_rates")  # a rate is for all of a block
+        with_layers = ATTENTION_BLOCKS if not conv else CONVOLUTION_BLOCKS if of_convolutions else RESNET_BLOCKS
+        idle = sorted(set(result.overrides.get(name, {})) - set(with_layers))
         if idle:
             result.warn("BLOCK-ATTN", f"{name} names {', '.join(idle)}, where nothing takes it with targets = "
                                       f"{result.value('targets')!r}: ignored.")

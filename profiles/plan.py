@@ -16,7 +16,7 @@ from crumb.profiles.checks import checked, from_text, nearest, toml_value
 from crumb.profiles.checks import setting as _setting
 from crumb.profiles.errors import RequestError
 from crumb.profiles.optimizers import OPTIMIZERS
-from crumb.profiles.plan_rules import check_together
+from crumb.profiles.plan_rules import BLOCK_BOUNDS, check_block_values, check_together
 from crumb.profiles.subsets import check_subsets
 
 PLAN_VERSION = 1
@@ -86,6 +86,8 @@ class Plan:
 
     block_ranks: dict = _setting("network", "Ranks of single U-Net blocks, such as {IN08 = 64}; others take rank", {})
     block_alphas: dict = _setting("network", "Alphas of single U-Net blocks; others take alpha", {})
+    conv_block_ranks: dict = _setting("network", "Ranks of single blocks' 3x3 convolutions; others take conv_rank", {})
+    conv_block_alphas: dict = _setting("network", "Alphas of single blocks' 3x3 convolutions; others take conv_alpha", {})
     block_rates: dict = _setting("network", "Factors on the learning rate of single U-Net blocks; 0 = it doesn't learn", {})
     network_dropout: float = _setting("network", "Share of the LoRA's inner values left out at random", 0.0, low=0, high=0.9)
     rank_dropout: float = _setting("network", "Share of ranks left out at random, for each picture anew", 0.0, low=0,
@@ -170,6 +172,11 @@ class Plan:
         return max(self.text_encoder_learning_rate, self.text_encoder_2_learning_rate) > 0
 
     @property
+    def num_text_steps(self) -> int:
+        """The first so many steps are those in which the text encoders learn."""
+        return round(self.steps * self.text_encoder_stop_after) if self.text_encoders_learn else 0
+
+    @property
     def num_caption_variants(self) -> int:
         """Where the text encoders learn nothing is cached, and every view may be a text of its own."""
         return 1 << 30 if self.text_encoders_learn else self.caption_variants
@@ -213,7 +220,7 @@ def parse_plan(text: str, source: str = "the plan") -> Plan:
             _check_key(key, section, source)
             values[key] = value
     for name, setting in plan_fields().items():
-        if name not in values and setting.default is dataclasses.MISSING and not _has_factory(setting):
+        if name not in values and setting.default is setting.default_factory is dataclasses.MISSING:
             raise RequestError(f"{source}: {name} is missing from [{setting.metadata['section']}]: "
                                f"{setting.metadata['help']}.")
     try:
@@ -271,6 +278,8 @@ def check_value(name: str, value: Any) -> Any:
     if isinstance(value, str):
         value = from_text(fields[name], value)
     value = checked(fields[name], value)
+    if name in BLOCK_BOUNDS:
+        check_block_values(name, value)
     return check_subsets(value, fields) if name == "subsets" else value
 
 
@@ -285,7 +294,3 @@ def _check_key(key: str, section: str, source: str) -> None:
 
 def _sections() -> list[str]:
     return list(dict.fromkeys(setting.metadata["section"] for setting in plan_fields().values()))
-
-
-def _has_factory(setting: dataclasses.Field) -> bool:
-    return setting.default_factory is not dataclasses.MISSING

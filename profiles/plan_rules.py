@@ -2,7 +2,7 @@
 
 import importlib.util
 from datetime import datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from crumb.profiles.blocks import ATTENTION_BLOCKS, BLOCKS
 from crumb.profiles.checks import nearest
@@ -56,20 +56,30 @@ def missing_packages(trackers: list[str]) -> list[str]:
     return [name for name in trackers if importlib.util.find_spec(name) is None]
 
 
-BLOCK_BOUNDS = {"block_ranks": (1, 1024), "block_alphas": (0.1, 1024), "block_rates": (0, 10)}
+BLOCK_BOUNDS = {"block_ranks": (1, 1024), "block_alphas": (0.1, 1024), "conv_block_ranks": (1, 1024),
+                "conv_block_alphas": (0.1, 1024), "block_rates": (0, 10)}
+
+
+def check_block_values(name: str, values: dict[str, Any]) -> None:
+    """Known blocks (BLOCK-MAP) and values in range; else a RequestError."""
+    low, high = BLOCK_BOUNDS[name]
+    for block, value in values.items():
+        if block not in BLOCKS:
+            raise RequestError(f"{name} names the block {block!r}; SDXL's are {BLOCKS[0]} to {BLOCKS[8]}, MID, "
+                               f"{BLOCKS[10]} to {BLOCKS[-1]}." + nearest(block, BLOCKS))
+        wanted = int if name.endswith("ranks") else (int, float)
+        if isinstance(value, bool) or not isinstance(value, wanted) or not low <= value <= high:
+            kind = "whole number" if wanted is int else "number"
+            raise RequestError(f"{name} gives {block} {value!r}; it must be a {kind} from {low} to {high}.")
 
 
 def _check_blocks(plan: "Plan") -> None:
-    """Settings of single blocks (BLOCK-MAP): known names, values in range, something left to learn."""
-    for name, (low, high) in BLOCK_BOUNDS.items():
-        for block, value in getattr(plan, name).items():
-            if block not in BLOCKS:
-                raise RequestError(f"{name} names the block {block!r}; SDXL's are {BLOCKS[0]} to {BLOCKS[8]}, MID, "
-                                   f"{BLOCKS[10]} to {BLOCKS[-1]}." + nearest(block, BLOCKS))
-            wanted = int if name == "block_ranks" else (int, float)
-            if isinstance(value, bool) or not isinstance(value, wanted) or not low <= value <= high:
-                kind = "whole number" if wanted is int else "number"
-                raise RequestError(f"{name} gives {block} {value!r}; it must be a {kind} from {low} to {high}.")
+    """Settings of single blocks: each right by itself, of layers that learn, and something left to learn."""
+    for name in BLOCK_BOUNDS:
+        check_block_values(name, getattr(plan, name))
+        if name.startswith("conv") and getattr(plan, name) and "conv" not in plan.targets:
+            raise RequestError(f"{name} is given but targets is {plan.targets!r}, so that no 3x3 convolution learns. Set "
+                               f"targets = \"attention+ff+conv\" and conv_rank above 0, or leave {name} out.")
     if all(plan.block_rates.get(block) == 0 for block in (BLOCKS if "conv" in plan.targets else ATTENTION_BLOCKS)):
         raise RequestError("block_rates is 0 for every block that could learn. Leave at least one above 0.")
     own_rate = plan.optimizer == "Adafactor" and plan.optimizer_args.get("relative_step", True)

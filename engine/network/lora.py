@@ -150,7 +150,7 @@ class Network:
 def attach_lora(unet: nn.Module, plan: Plan) -> Network:
     """Replaces the plan's target modules of `unet` in place by LoRA layers and returns those.
 
-    Linears and 1x1 convolutions take the rank of their block, 3x3 convolutions `conv_rank`, as kohya's networks do.
+    Linears and 1x1 convolutions take the block's rank, 3x3 convolutions its `conv` one, as in kohya's networks.
     Blocks whose rate is 0 stay as they are.
     """
     network = Network()
@@ -161,7 +161,8 @@ def attach_lora(unet: nn.Module, plan: Plan) -> Network:
             block = block_of(stem)
             rank, alpha = plan.block_ranks.get(block, plan.rank), plan.block_alphas.get(block, plan.alpha)
             if isinstance(module, nn.Conv2d) and module.kernel_size != (1, 1):
-                rank, alpha = plan.conv_rank, plan.conv_alpha
+                rank = plan.conv_block_ranks.get(block, plan.conv_rank)
+                alpha = plan.conv_block_alphas.get(block, plan.conv_alpha)
             if rate := plan.block_rates.get(block, 1.0):
                 put_layer(network, unet, name, stem, rank, alpha, rate, plan)
     return network

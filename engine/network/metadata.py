@@ -10,6 +10,8 @@ from datetime import datetime
 from pathlib import Path
 
 from crumb.profiles.buckets import Crop
+from crumb.profiles.kohya.exporting import network_args
+from crumb.profiles.kohya.writing import text_encoder_rates
 from crumb.profiles.pictures import Picture
 from crumb.profiles.plan import Plan
 from crumb.profiles.subsets import Subset, effective_subsets
@@ -55,17 +57,17 @@ def sidecar(plan: Plan) -> dict:
 
 
 def _kohya_network(plan: Plan) -> dict:
-    arguments = {"conv_dim": str(plan.conv_rank), "conv_alpha": str(plan.conv_alpha)} if plan.conv_rank else {}
+    text_rates = text_encoder_rates(plan).get("text_encoder_lr", [0.0])
     return {
         "ss_base_model_version": "sdxl_base_v1-0",
         "ss_v2": False,
         "ss_network_module": "networks.lora",
         "ss_network_dim": plan.rank,
         "ss_network_alpha": plan.alpha,
-        "ss_network_args": arguments,
+        "ss_network_args": network_args(plan),
         "ss_learning_rate": plan.learning_rate,
         "ss_unet_lr": plan.learning_rate,
-        "ss_text_encoder_lr": plan.text_encoder_learning_rate,
+        "ss_text_encoder_lr": text_rates if len(set(text_rates)) > 1 else text_rates[0],
         "ss_optimizer": plan.optimizer + "".join(f" {key}={value}" for key, value in plan.optimizer_args.items()),
         "ss_lr_scheduler": plan.scheduler,
         "ss_lr_warmup_steps": round(plan.steps * plan.warmup_ratio) if plan.scheduler == "constant_with_warmup" else 0,

@@ -35,6 +35,7 @@ def read_lora(path: Path) -> dict[str, Change]:
     """The file's changes by kohya's stems, on the CPU. RequestError where it is damaged or no plain LoRA of SDXL."""
     header, metadata = read_header(path)
     parts: dict[str, dict[str, str]] = defaultdict(dict)
+    names: dict[str, str] = {}
     for key in header:
         match = LORA_KEY.fullmatch(key)
         stem = match and _stem(match["name"])
@@ -42,20 +43,22 @@ def read_lora(path: Path) -> dict[str, Change]:
             raise not_plain(path, key)
         kind = "alpha" if match["kind"] == "alpha" else "down" if re.search("down|lora_A", match["kind"]) else "up"
         parts[stem][kind] = key
+        names[stem] = match["name"]
     try:
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
         raise RequestError(f"{path} can't be read: {error}.") from None
-    alpha_of_all = _peft_alpha(metadata)
+    adapters = _peft_adapters(path, metadata)
     changes = {}
     for stem, keys in parts.items():
         if not {"down", "up"} <= keys.keys():
             raise RequestError(f"{path} has only part of {stem}. It is damaged: fetch it again.")
         down, up = tensors[keys["down"]].float(), tensors[keys["up"]].float()
-        alpha = tensors[keys["alpha"]].item() if "alpha" in keys else alpha_of_all or down.shape[0]
-        if not (down.isfinite().all() and up.isfinite().all() and math.isfinite(alpha)):
+        rank = down.shape[0]
+        scale = tensors[keys["alpha"]].item() / rank if "alpha" in keys else _peft_scale(adapters, names[stem], rank)
+        if not (down.isfinite().all() and up.isfinite().all() and math.isfinite(scale)):
             raise RequestError(f"{path}: {stem} holds NaN or infinity. `crumb verify {path}` shows more.")
-        changes[stem] = Change(down, up, alpha / down.shape[0])
+        changes[stem] = Change(down, up, scale)
     return changes
 
 
@@ -123,9 +126,34 @@ def _stem(name: str) -> str | None:
 _by_diffusers_stem: dict[str, str] = {}
 
 
-def _peft_alpha(metadata: dict[str, str]) -> float | None:
-    """The one alpha that diffusers writes into a file's metadata since 0.35."""
+@dataclass(frozen=True)
+class _Adapter:
+    """What a model's LoraConfig says of scales: the general alpha, None where it names none, and those of patterns."""
+
+    alpha: float | None
+    patterns: list[tuple[re.Pattern[str], float]]
+    root_of_rank: bool
+
+
+def _peft_adapters(path: Path, metadata: dict[str, str]) -> dict[str, _Adapter]:
+    """The LoraConfigs that diffusers writes into a file since 0.35, by the part of the pipeline."""
     try:
-        return float(json.loads(metadata["lora_adapter_metadata"])["unet.lora_alpha"])
-    except (KeyError, ValueError, TypeError):
-        return None
+        settings = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+        return {part: _Adapter(float(settings[f"{part}.lora_alpha"]) if f"{part}.lora_alpha" in settings else None,
+                               [(re.compile(rf"(.*\.)?({pattern})$"), float(alpha))
+                                for pattern, alpha in settings.get(f"{part}.alpha_pattern", {}).items()],
+                               bool(settings.get(f"{part}.use_rslora"))) for part in ("unet", *_TEXT_ENCODERS)}
+    except (ValueError, TypeError, AttributeError, re.error) as error:
+        raise RequestError(f"{path}: lora_adapter_metadata in its metadata can't be read ({error}). Save the file anew with "
+                           f"diffusers.") from None
+
+
+def _peft_scale(adapters: dict[str, _Adapter], name: str, rank: int) -> float:
+    """As PEFT counts it: the first pattern that fits the name's end goes before the general alpha; without any, 1."""
+    part, _, module = name.partition(".")
+    adapter = adapters.get(part)
+    if adapter is None:
+        return 1.0
+    general = rank if adapter.alpha is None else adapter.alpha
+    alpha = next((alpha for pattern, alpha in adapter.patterns if pattern.match(module)), general)
+    return alpha / (math.sqrt(rank) if adapter.root_of_rank else rank)

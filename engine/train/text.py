@@ -21,7 +21,7 @@ def encode_batch(batch: Batch, encoders: TextEncoders, plan: Plan, learns: bool)
 
 def text_learns(plan: Plan, step: int) -> bool:
     """Whether the text encoders still learn at this step (0-based)."""
-    return step < round(plan.steps * plan.text_encoder_stop_after)
+    return step < plan.num_text_steps
 
 
 @torch.no_grad()

@@ -59,8 +59,6 @@ def export_plan(plan: Plan) -> Export:
         written["network"]["network_args"] = arguments
     for name, values in FIXED.items():
         written[name] = {**written.get(name, {}), **values}
-    if "text_encoder_lr" not in written["optimizer"]:  # left out, sd-scripts would train them at learning_rate
-        written["optimizer"]["network_train_unet_only"] = True
     result.settings = {name: written[name] for name in SECTIONS}
     side = plan.resolution
     dataset = {DATASET_KEYS.get(key, key): value for key, value in written["dataset"].items()}
@@ -72,6 +70,12 @@ def export_plan(plan: Plan) -> Export:
     result.missing += [Left(name, getattr(plan, name), "sd-scripts has no such setting")
                        for name in plan_fields() if name not in listed]
     return result
+
+
+def network_args(plan: Plan) -> dict[str, str]:
+    """What of it sd-scripts takes as network_args, for a file's metadata: what is switched on, as texts."""
+    return {key: str(value) for row in TABLE if row.place == "network_args"
+            for key, value in _written(Export(), row, plan).items() if not is_neutral(value, row.neutral)}
 
 
 def _written(result: Export, row: Row, plan: Plan) -> dict[str, Any]:

@@ -68,6 +68,11 @@ def translate(file: KohyaFile, fixed: dict[str, Any] | None = None) -> Translati
         result.missing += [Left(*file.source(key), BY_HAND) for key in named]
         file.settings["optimizer_type"] = fixed["optimizer"]
         file.settings.pop("optimizer_args", None)
+    if fixed.get("conv_rank") == 0 or "conv" not in fixed.get("targets", "conv"):  # no convolution is left that they are for
+        for key in ("conv_block_dims", "conv_block_alphas"):
+            if key in file:
+                result.missing.append(Left(*file.source(key), BY_HAND))
+                del file.settings[key]
     names = set(fixed).union(*(twins for twins in TWINS if twins & set(fixed)))
     for row in TABLE:
         _read_row(result, row, names)

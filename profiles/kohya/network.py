@@ -3,8 +3,12 @@
 Each function takes a whole file, since these keys change meaning with their neighbours.
 """
 
+import dataclasses
+from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
+from crumb.profiles.blocks import ATTENTION_BLOCKS, CONVOLUTION_BLOCKS, RESNET_BLOCKS
 from crumb.profiles.errors import RequestError
 from crumb.profiles.kohya.values import (
     BLOCK_POSITIONS,
@@ -14,6 +18,7 @@ from crumb.profiles.kohya.values import (
     KohyaFile,
     Untaken,
     blocks_of,
+    is_neutral,
     number,
     weight_list,
     whole,
@@ -23,6 +28,12 @@ from crumb.profiles.plan import plan_fields
 LOW_RANK = {"loha": "LoHa", "lokr": "LoKr", "dylora": "DyLoRA", "glora": "GLoRA", "lora_fa": "LoRA-FA", "lora-fa": "LoRA-FA"}
 """Network types that also add a change of low rank; a LoRA of the same rank is the nearest to them."""
 MAX_RANK = 1024
+
+BLOCKWISE = ("block_dims", "down_lr_weight", "mid_lr_weight", "up_lr_weight")
+"""One of them makes sd-scripts read the other lists by block."""
+
+CONV_MIDDLE = 0
+"""Of the middle's three, the first that holds 3x3 convolutions."""
 
 
 def network_kind(file: KohyaFile) -> str:
@@ -70,23 +81,99 @@ def convolutions(file: KohyaFile) -> dict[str, Any]:
     if preset and preset != "full":
         file.remarks.append(f"crumb has no preset {preset}; all of the U-Net's layers learn")
     value = whole(file.get("conv_dim") or (file.get("network_dim", 4) if lycoris else 0))
+    of_blocks = _conv_ranks(file)
+    if of_blocks is not None and not (value and of_blocks):
+        value = next((rank for rank, _ in of_blocks.most_common(1)), 0)
+        file.remarks.append("the commonest of conv_block_dims")
     if not value:
         return {"targets": "attention+ff", "conv_rank": 0}
     return {"targets": "attention+ff+conv", "conv_rank": value}
 
 
 def conv_alpha(file: KohyaFile) -> dict[str, Any]:
-    if "conv_dim" in file and not rank_fits(file, "conv_dim"):
+    if "conv_dim" in file and not rank_fits(file, "conv_dim") and not _is_used(file, "conv_block_dims"):
         raise Untaken("it is a share of the convolutions' rank, and none is taken over")
-    return {"conv_alpha": number(file["conv_alpha"]) or number(file.get("conv_dim", 1))}
+    if "conv_alpha" not in file:
+        if not _is_used(file, "conv_block_dims"):
+            return {}
+        file.remarks.append("unset: sd-scripts' own")
+    return {"conv_alpha": number(file.get("conv_alpha", 1)) or number(file.get("conv_dim", 1))}
 
 
 def block_ranks(file: KohyaFile) -> dict[str, Any]:
-    return {"block_ranks": blocks_of(file["block_dims"], BLOCK_POSITIONS, number(file.get("network_dim", 4)), whole)}
+    conv = not is_neutral(file.get("conv_dim", 0), (0,)) or _is_used(file, "conv_block_dims")
+    ranks = blocks_of(file["block_dims"], BLOCK_POSITIONS, number(file.get("network_dim", 4)), whole)
+    return {"block_ranks": _without_idle(ranks, RESNET_BLOCKS if conv else ATTENTION_BLOCKS)}
 
 
 def block_alphas(file: KohyaFile) -> dict[str, Any]:
+    if not _is_used(file, "block_alphas"):
+        return _unused(file, "block_alphas")
     return {"block_alphas": blocks_of(file["block_alphas"], BLOCK_POSITIONS, number(file.get("network_alpha", 1)))}
+
+
+def conv_block_ranks(file: KohyaFile) -> dict[str, Any]:
+    if not _is_used(file, "conv_block_dims"):
+        return _unused(file, "conv_block_dims")
+    if not (rank := _general_conv_rank(file)):
+        return {"conv_block_ranks": {}}
+    return {"conv_block_ranks": _without_idle(_of_convolutions(file, "conv_block_dims", rank, whole), CONVOLUTION_BLOCKS)}
+
+
+def conv_block_alphas(file: KohyaFile) -> dict[str, Any]:
+    if not _is_used(file, "conv_block_alphas"):
+        return _unused(file, "conv_block_alphas")
+    if not _general_conv_rank(file):
+        return {"conv_block_alphas": {}}
+    alpha = _quietly(conv_alpha, file)["conv_alpha"]
+    return {"conv_block_alphas": _of_convolutions(file, "conv_block_alphas", alpha, number)}
+
+
+def _general_conv_rank(file: KohyaFile) -> int:
+    rank = _quietly(convolutions, file)["conv_rank"]
+    if not 0 <= rank <= MAX_RANK:
+        raise Untaken("it goes with the convolutions' rank, and none is taken over")
+    return rank
+
+
+def _conv_ranks(file: KohyaFile) -> Counter[int] | None:
+    """How often each rank above 0 stands in conv_block_dims; None where that is not read, or can't be."""
+    if not _is_used(file, "conv_block_dims"):
+        return None
+    try:
+        ranks = blocks_of(file["conv_block_dims"], BLOCK_POSITIONS, 0, whole, CONV_MIDDLE)
+    except Untaken:  # its own row says so
+        return None
+    return Counter(rank for block, rank in ranks.items() if block in CONVOLUTION_BLOCKS)
+
+
+def _of_convolutions(file: KohyaFile, key: str, general: float, read: Callable) -> dict[str, Any]:
+    first, last = (blocks_of(file[key], BLOCK_POSITIONS, general, read, middle) for middle in (CONV_MIDDLE, 2))
+    if first != last:
+        file.remarks.append("MID as the first of its two resnets")
+    return first
+
+
+def _is_used(file: KohyaFile, key: str) -> bool:
+    """Whether sd-scripts reads the list; a missing one is not."""
+    beside = {"conv_block_alphas": ["conv_block_dims"]}.get(key, [])
+    return all(name in file for name in (key, *beside)) and any(name in file for name in BLOCKWISE)
+
+
+def _unused(file: KohyaFile, key: str) -> dict[str, Any]:
+    beside = "conv_block_dims and " if key == "conv_block_alphas" else ""
+    file.unused.append((*file.source(key), f"sd-scripts reads it only beside {beside}block_dims or block weights"))
+    return {}
+
+
+def _without_idle(ranks: dict[str, int], with_layers: tuple) -> dict[str, int]:
+    """Without the zeros of blocks that have no such layers anyway."""
+    return {block: rank for block, rank in ranks.items() if rank or block in with_layers}
+
+
+def _quietly(read: Callable[[KohyaFile], dict[str, Any]], file: KohyaFile) -> dict[str, Any]:
+    """Another setting's value, without its remarks on this one."""
+    return read(dataclasses.replace(file, remarks=[]))
 
 
 def block_rates(file: KohyaFile) -> dict[str, Any]:

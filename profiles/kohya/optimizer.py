@@ -98,11 +98,13 @@ def text_encoder_rates(file: KohyaFile) -> dict[str, Any]:
 
 
 def text_encoder_stop(file: KohyaFile) -> dict[str, Any]:
-    """As a share of all steps; the GUI has per cent, 0 = never."""
+    """As a share of all steps; the GUI has per cent, 0 = never. Below 0 the encoders don't learn at all."""
     if "stop_text_encoder_training_pct" in file:
         share = number(file["stop_text_encoder_training_pct"]) / 100
-        return {"text_encoder_stop_after": share or 1.0}
+        return {"text_encoder_stop_after": max(share, 0.0) if share else 1.0}
     steps = number(file["stop_text_encoder_training"])
+    if steps < 0:
+        return {"text_encoder_stop_after": 0.0}
     return {"text_encoder_stop_after": Later(lambda length: min(1.0, steps / length.steps)) if steps else 1.0}
 
 

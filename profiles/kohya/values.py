@@ -155,19 +155,19 @@ def resolution_side(value: Any) -> int:
     return max(64, round(math.sqrt(area) / 64) * 64)
 
 
-def blocks_of(value: Any, positions: tuple, general: float, read: Callable = number) -> dict[str, Any]:
+def blocks_of(value: Any, positions: tuple, general: float, read: Callable = number, middle: int = 1) -> dict[str, Any]:
     """Values of a comma-separated list by block, without those that equal the general one.
 
-    Of the middle's three the second counts, which holds the attention.
+    Of the middle's three `middle` counts: the second holds the attention, the first and the third 3x3 convolutions.
     """
     items = value if isinstance(value, list) else str(value).split(",")
     if len(items) != len(positions):
         raise Untaken(f"it holds {len(items)} values; SDXL has {len(positions)}")
     values = [read(item) for item in items]
     found = {block: item for block, item in zip(positions, values) if block and block != "MID"}
-    middle = [item for block, item in zip(positions, values) if block == "MID"]
-    if middle:
-        found["MID"] = middle[len(middle) // 2]
+    of_middle = [item for block, item in zip(positions, values) if block == "MID"]
+    if of_middle:
+        found["MID"] = of_middle[middle]
     return {block: found[block] for block in BLOCKS if block in found and found[block] != general}
 
 

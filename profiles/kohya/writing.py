@@ -53,15 +53,34 @@ def convolutions(plan: Plan) -> dict[str, Any]:
 
 
 def block_ranks(plan: Plan) -> dict[str, Any]:
-    return {"block_dims": block_list(plan.block_ranks, BLOCK_POSITIONS, plan.rank)} if plan.block_ranks else {}
+    return _block_dims(plan) if plan.block_ranks else {}
 
 
 def block_alphas(plan: Plan) -> dict[str, Any]:
-    """sd-scripts reads them only beside block_dims or block weights."""
+    """sd-scripts reads this list and the convolutions' only beside block_dims or block weights."""
     if not plan.block_alphas:
         return {}
-    ranks = {} if plan.block_ranks else {"block_dims": block_list({}, BLOCK_POSITIONS, plan.rank)}
-    return ranks | {"block_alphas": block_list(plan.block_alphas, BLOCK_POSITIONS, plan.alpha)}
+    return _block_dims(plan) | {"block_alphas": block_list(plan.block_alphas, BLOCK_POSITIONS, plan.alpha)}
+
+
+def conv_block_ranks(plan: Plan) -> dict[str, Any]:
+    return _block_dims(plan) | _conv_block_dims(plan) if plan.conv_block_ranks else {}
+
+
+def conv_block_alphas(plan: Plan) -> dict[str, Any]:
+    """Read only beside conv_block_dims."""
+    if not plan.conv_block_alphas:
+        return {}
+    return _block_dims(plan) | _conv_block_dims(plan) | {
+        "conv_block_alphas": block_list(plan.conv_block_alphas, BLOCK_POSITIONS, plan.conv_alpha)}
+
+
+def _block_dims(plan: Plan) -> dict[str, Any]:
+    return {"block_dims": block_list(plan.block_ranks, BLOCK_POSITIONS, plan.rank)}
+
+
+def _conv_block_dims(plan: Plan) -> dict[str, Any]:
+    return {"conv_block_dims": block_list(plan.conv_block_ranks, BLOCK_POSITIONS, plan.conv_rank)}
 
 
 def block_rates(plan: Plan) -> dict[str, Any]:
@@ -84,13 +103,13 @@ def learning_rate(plan: Plan) -> dict[str, Any]:
 
 
 def text_encoder_rates(plan: Plan) -> dict[str, Any]:
-    """Without the settings, as with rates of 0, the U-Net is trained alone."""
-    rates = [getattr(plan, name, 0.0) for name in ("text_encoder_learning_rate", "text_encoder_2_learning_rate")]
-    return {"text_encoder_lr": rates} if any(rates) else {"network_train_unet_only": True}
+    """With rates of 0, or a stop before the first step, the U-Net alone: left out, both would learn at learning_rate."""
+    rates = [plan.text_encoder_learning_rate, plan.text_encoder_2_learning_rate]
+    return {"text_encoder_lr": rates} if plan.num_text_steps else {"network_train_unet_only": True}
 
 
 def text_encoder_stop(plan: Plan) -> dict[str, Any]:
-    if plan.text_encoder_stop_after < 1:
+    if 0 < plan.num_text_steps < plan.steps:
         raise Untaken("sd-scripts trains a LoRA's text encoders to the end")
     return {}
 

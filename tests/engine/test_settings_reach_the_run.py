@@ -57,6 +57,18 @@ def test_what_is_learned_follows_each_of_them(train):
         assert losses(events)[0] == losses(plain_events)[0] and weights(run) != weights(plain_run), setting
 
 
+def test_convolutions_of_a_block_take_its_rank_and_alpha(train):
+    conv = {"targets": "attention+ff+conv", "conv_rank": 2, "conv_alpha": 2.0}
+    plain, _ = train("conv", **conv)
+    layer = "lora_unet_input_blocks_1_0_in_layers_2.lora_"
+    for setting, rank in (({"conv_block_ranks": {"IN01": 5}}, 5), ({"conv_block_alphas": {"IN01": 8.0}}, 2)):
+        run, _ = train(next(iter(setting)), **conv, **setting)
+        with safe_open(run.result, "pt") as file:
+            assert file.get_tensor(f"{layer}down.weight").shape[0] == rank
+            assert file.get_tensor(f"{layer}up.weight").shape[1] == rank
+        assert weights(run)[f"{layer}up.weight"] != weights(plain)[f"{layer}up.weight"], setting
+
+
 def test_what_is_written_follows_each_of_them(train):
     run, events = train("written", keep_checkpoints=1, sample_every=1, judge_every=2, trackers=["tensorboard"], steps=4)
     assert [path.name for path in sorted(run.checkpoints.iterdir())] == ["step-000003"]

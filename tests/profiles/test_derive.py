@@ -96,6 +96,10 @@ def test_what_varying_captions_cost_is_said():
 def test_numbers_for_blocks_without_layers_are_said_to_be_ignored():
     for overrides, words in [({"block_ranks": {"IN08": 8}}, ""), ({"block_ranks": {"IN01": 8, "MID": 4}}, "IN01"),
                              ({"block_ranks": {"IN01": 8}, "targets": "attention+ff+conv", "conv_rank": 4}, ""),
+                             ({"block_ranks": {"IN03": 8}, "targets": "attention+ff+conv", "conv_rank": 4}, "IN03"),
+                             ({"block_rates": {"IN03": 0}, "targets": "attention+ff+conv", "conv_rank": 4}, ""),
+                             ({"conv_block_ranks": {"IN03": 8}, "targets": "attention+ff+conv", "conv_rank": 4}, ""),
+                             ({"conv_block_alphas": {"IN00": 8}, "targets": "attention+ff+conv", "conv_rank": 4}, "IN00"),
                              ({"block_rates": {"OUT08": 0}}, "OUT08")]:
         told = " ".join(w["text"] for w in derived(overrides=overrides).warnings if w["rule"] == "BLOCK-ATTN")
         assert (words in told) and bool(words) == bool(told), overrides

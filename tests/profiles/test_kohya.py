@@ -16,6 +16,8 @@ def file_of(*, gui=False, **settings) -> KohyaFile:
     return KohyaFile(Path("settings.toml"), gui, settings)
 
 
+EIGHTS = ",".join(["8"] * 23)
+
 MAPPED = {
     "pretrained_model_name_or_path": ({"pretrained_model_name_or_path": "x.safetensors"}, {"base_model": "x.safetensors"}),
     "vae": ({"vae": "v.safetensors"}, {"vae": "v.safetensors"}),
@@ -48,7 +50,12 @@ MAPPED = {
     "conv_alpha": ({"conv_alpha": 2, "conv_dim": 6}, {"conv_alpha": 2.0}),
     "block_dims": ({"block_dims": ",".join(["8"] * 5 + ["16"] + ["8"] * 5 + ["4"] + ["8"] * 11), "network_dim": 8},
                    {"block_ranks": {"IN04": 16, "MID": 4}}),
-    "block_alphas": ({"block_alphas": ",".join(["1"] * 21 + ["3", "1"]), "network_alpha": 1}, {"block_alphas": {"OUT08": 3.0}}),
+    "block_alphas": ({"block_alphas": ",".join(["1"] * 21 + ["3", "1"]), "network_alpha": 1, "block_dims": EIGHTS},
+                     {"block_alphas": {"OUT08": 3.0}}),
+    "conv_block_dims": ({"conv_block_dims": "0,0,2,2,2,6" + ",2" * 17, "block_dims": EIGHTS},
+                        {"conv_block_ranks": {"IN04": 6}}),
+    "conv_block_alphas": ({"conv_block_alphas": "3" + ",1" * 9 + ",2,1,2" + ",1" * 10, "conv_block_dims": EIGHTS,
+                           "mid_lr_weight": "1,1,1"}, {"conv_block_alphas": {"MID": 2.0}}),
     "down_lr_weight": ({"down_lr_weight": "0,1,1,1,.5,1,1,1,1", "mid_lr_weight": "1,2,1", "up_lr_weight": "linear"},
                        {"block_rates": {"IN00": 0.0, "IN04": 0.5, "MID": 2.0} | {f"OUT{i:02}": i / 8 for i in range(8)}}),
     "network_dropout": ({"network_dropout": 0.1}, {"network_dropout": 0.1}),
@@ -124,6 +131,10 @@ def test_mapped(key):
     ({"lr_warmup_steps": 0.2}, {"warmup_ratio": 0.2}),
     ({"lr_warmup_steps": "25%"}, {"warmup_ratio": 0.25}),
     ({"lr_warmup": 4, "gui": True}, {"warmup_ratio": 0.04}),
+    ({"stop_text_encoder_training_pct": 0}, {"text_encoder_stop_after": 1.0}),
+    ({"stop_text_encoder_training_pct": -1}, {"text_encoder_stop_after": 0.0}),
+    ({"stop_text_encoder_training": -1}, {"text_encoder_stop_after": 0.0}),
+    ({"stop_text_encoder_training": 0}, {"text_encoder_stop_after": 1.0}),
     ({"resolution": 1000}, {"resolution": 1024}),
     ({"network_dim": "16", "network_alpha": "0.0"}, {"rank": 16, "alpha": 16.0}),
     ({"optimizer_type": "Prodigy", "learning_rate": 1e-4}, {"learning_rate": 1.0, "optimizer": "Prodigy"}),
@@ -135,8 +146,20 @@ def test_mapped(key):
     ({"min_snr_gamma": 5, "debiased_estimation_loss": True}, {"loss_weighting": "min_snr", "min_snr_gamma": 5.0}),
     ({"network_module": "lycoris.kohya", "algo": "locon", "preset": "attn-only"}, {"targets": "attention", "conv_rank": 0}),
     ({"network_module": "lycoris.kohya", "algo": "lora", "network_dim": 12}, {"targets": "attention+ff+conv", "conv_rank": 12}),
+    ({"network_module": "lycoris.kohya", "preset": "attn-mlp", "block_dims": EIGHTS, "conv_block_dims": EIGHTS},
+     {"targets": "attention+ff", "conv_rank": 0, "conv_block_ranks": {}}),
     ({"network_module": "networks.lora"}, {"targets": "attention+ff", "conv_rank": 0}),
     ({"sample_every_n_steps": 5, "sample_every_n_epochs": 0}, {"sample_every": 5}),
+    ({"conv_dim": 4, "conv_alpha": 2, "block_dims": EIGHTS, "conv_block_dims": "8,8,4" + ",8" * 20},
+     {"conv_rank": 4, "targets": "attention+ff+conv", "conv_alpha": 2.0,
+      "conv_block_ranks": {name: 8 for name in BLOCKS if name != "IN01"}}),
+    ({"up_lr_weight": "1,1,1,1,1,1,1,1,.5", "conv_block_dims": "8,8,4" + ",8" * 20},  # neither conv_dim nor conv_alpha
+     {"conv_rank": 8, "targets": "attention+ff+conv", "conv_alpha": 1.0, "conv_block_ranks": {"IN01": 4}}),
+    ({"block_dims": "0,0,2,2,0,4,8,0,8,8" + ",8" * 13, "conv_block_dims": "0,0" + ",2" * 21, "network_dim": 8},
+     {"block_ranks": {"IN01": 2, "IN02": 2, "IN04": 4}, "conv_block_ranks": {}}),
+    ({"block_dims": "0,0,0,0,0,4,8,0,8,8" + ",8" * 13, "network_dim": 8}, {"block_ranks": {"IN04": 4}}),
+    ({"block_dims": EIGHTS, "conv_block_dims": "0" + ",0" * 22, "conv_block_alphas": EIGHTS, "conv_dim": 4},
+     {"targets": "attention+ff", "conv_rank": 0, "conv_block_ranks": {}, "conv_block_alphas": {}}),
 ])
 def test_neighbours_change_a_keys_meaning(settings, expected):
     overrides = translate(file_of(**settings)).overrides
@@ -161,6 +184,8 @@ def test_what_is_mapped_to_the_nearest_says_so(settings, key, words):
     ({"optimizer_type": "Lion", "optimizer_args": ["betas=none"]}, "optimizer_args", "no number, true or false"),
     ({"color_aug": True}, "color_aug", "own colours"),
     ({"a_new_key": 3}, "a_new_key", "does not know"),
+    ({"block_dims": EIGHTS, "conv_block_dims": "8,8,0" + ",8" * 20}, "conv_block_dims", "gives IN01 0"),
+    ({"block_dims": EIGHTS.replace("8", "0", 6), "network_dim": 8}, "block_dims", "gives IN04 0"),
     ({"clip_l_made_up": "x"}, "clip_l_made_up", "does not know"),
     ({"sample_prompts": "nowhere.txt"}, "sample_prompts", "no such file"),
 ])
@@ -170,7 +195,7 @@ def test_what_can_not_be_held_is_told(settings, key, words):
 
 
 @pytest.mark.parametrize(("key", "value", "words"), [
-    ("block_dims", "1,2,3", "SDXL has 23"), ("block_alphas", ["x"] * 23, "no number"), ("up_lr_weight", "a,b", "no number"),
+    ("block_dims", "1,2,3", "SDXL has 23"), ("up_lr_weight", "a,b", "no number"),
     ("network_weights", "/not/here.safetensors", "--set start_from"), ("reg_data_dir", "/not/here", "--set regularization"),
     ("flip_aug", "often", "neither true nor false"), ("text_encoder_lr", "nan", "no number"), ("keep_tokens", 1.5, "no whole"),
 ])
@@ -178,6 +203,25 @@ def test_what_no_plan_could_hold_is_told(key, value, words):
     row = next(row for row in TABLE if key in row.kohya and row.to_crumb)
     with pytest.raises(Untaken, match=words):
         row.to_crumb(file_of(**{key: value}))
+
+
+@pytest.mark.parametrize(("key", "beside"), [
+    ("block_alphas", {}), ("conv_block_dims", {"conv_dim": 4}),
+    ("conv_block_alphas", {"conv_dim": 4, "block_dims": EIGHTS, "network_dim": 8})])
+def test_lists_by_block_that_sd_scripts_does_not_read_change_nothing(key, beside):
+    """networks/lora.py: all want block_dims or a block's weight beside them, the convolutions' alphas also their ranks."""
+    translation = translate(file_of(**{key: EIGHTS}, **beside))
+    without = translate(file_of(**beside))
+    assert translation.overrides == without.overrides and not translation.missing
+    assert "reads it only beside" in next(left.reason for left in translation.ignored if left.key == key)
+
+
+@pytest.mark.parametrize("fixed", [{"conv_rank": 0}, {"targets": "attention"}])
+def test_who_switches_the_convolutions_off_needs_no_numbers_for_them(fixed):
+    lists = {"conv_block_dims": EIGHTS, "conv_block_alphas": EIGHTS}
+    translation = translate(file_of(block_dims=EIGHTS, network_dim=8, conv_dim=4, **lists), fixed)
+    assert not {"conv_block_ranks", "conv_block_alphas"} & set(translation.overrides)
+    assert set(lists) <= {left.key for left in translation.missing}
 
 
 def test_text_encoders_follow_the_general_rate_where_none_is_set():
@@ -206,6 +250,7 @@ def test_the_table_is_whole():
 
 UPCOMING = {
     "block_ranks": {"IN04": 16, "MID": 4}, "block_alphas": {"OUT03": 2.0}, "block_rates": {"IN07": 0.5, "MID": 0.0},
+    "conv_block_ranks": {"IN01": 6, "MID": 3}, "conv_block_alphas": {"IN03": 2.0},
     "rank_dropout": 0.1, "module_dropout": 0.2, "network_dropout": 0.3, "max_norm": 2.0, "lora_plus_ratio": 8.0,
     "text_encoder_learning_rate": 1e-5, "text_encoder_2_learning_rate": 0.0, "shuffle_captions": True, "keep_tokens": 2,
     "caption_dropout": 0.1, "tag_dropout": 0.2, "caption_prefix": "ohwx,", "caption_suffix": "on film", "flip": True,
@@ -217,12 +262,13 @@ UPCOMING = {
 @pytest.mark.parametrize("name", UPCOMING)
 def test_settings_that_a_plan_may_get_go_both_ways(name):
     """On the rows themselves, so that it holds before and after the plan has them."""
-    plan = SimpleNamespace(rank=8, alpha=4.0, **UPCOMING)
+    general = {"rank": 8, "alpha": 4.0, "conv_rank": 2, "conv_alpha": 1.0, "num_text_steps": 100}
+    plan = SimpleNamespace(**general, **UPCOMING)
     row = next(row for row in TABLE if name in row.crumb and row.to_kohya)
     written = {key: str(value) if row.place == "network_args" else value for key, value in row.to_kohya(plan).items()}
-    assert row.to_crumb(file_of(network_dim=8, network_alpha=4.0, **written))[name] == UPCOMING[name]
+    assert row.to_crumb(file_of(**{"network_dim": 8, "network_alpha": 4.0, "conv_dim": 2}, **written))[name] == UPCOMING[name]
     nothing = {key: type(value)() for key, value in UPCOMING.items()}
-    off = SimpleNamespace(rank=8, alpha=4.0, **nothing | {"lora_plus_ratio": 1.0})
+    off = SimpleNamespace(**general | nothing | {"lora_plus_ratio": 1.0, "num_text_steps": 0})
     assert not {key for key, value in row.to_kohya(off).items() if value == UPCOMING[name]}
 
 
@@ -233,4 +279,14 @@ def test_blocks_are_counted_as_sd_scripts_counts_them():
         values = ["8"] * 23
         values[position] = "2"
         assert row.to_crumb(file_of(network_dim=8, block_dims=",".join(values))) == {"block_ranks": {block: 2}}
+    convolutions = next(row for row in TABLE if "conv_block_ranks" in row.crumb)
+    for block, positions in (("IN01", (2,)), ("IN06", (7,)), ("MID", (10, 12)), ("OUT02", (15,)), ("OUT08", (21,))):
+        values = ["8"] * 23
+        for position in positions:  # the middle's second holds no 3x3 convolution
+            values[position] = "2"
+        file = file_of(block_dims=EIGHTS, conv_dim=8, conv_block_dims=",".join(values))
+        assert convolutions.to_crumb(file) == {"conv_block_ranks": {block: 2}} and not file.remarks
+    values[12] = "4"
+    file = file_of(block_dims=EIGHTS, conv_dim=8, conv_block_dims=",".join(values))
+    assert convolutions.to_crumb(file) == {"conv_block_ranks": {"OUT08": 2}} and "first of its two" in file.remarks[0]
     assert len(BLOCKS) == 19 and dataclasses.is_dataclass(row)

@@ -154,6 +154,46 @@ def test_the_files_are_ones_that_sd_scripts_reads(tmp_path):
     assert next(iter(texts.values())).startswith("# A crumb plan for sd-scripts")
 
 
+@pytest.mark.parametrize(("steps", "rates", "stop", "expected", "told"), [
+    (100, (1e-5, 2e-5), 1.0, (1e-5, 2e-5), False), (100, (1e-5, 0.0), 0.5, (1e-5, 0.0), True),
+    (100, (1e-5, 2e-5), 0.0, (0.0, 0.0), False), (100, (1e-5, 2e-5), 0.004, (0.0, 0.0), False),  # not one step
+    (100, (0.0, 0.0), 0.5, (0.0, 0.0), False)])
+def test_text_encoders_that_never_learn_are_left_out(tmp_path, steps, rates, stop, expected, told):
+    """sd-scripts has no stop: what ends before the first step is network_train_unet_only, what ends later is told."""
+    plan = make_plan(steps=steps, text_encoder_learning_rate=rates[0], text_encoder_2_learning_rate=rates[1],
+                     text_encoder_stop_after=stop)
+    export = export_plan(plan)
+    written = export.settings["optimizer"]
+    assert written.get("text_encoder_lr") == (list(expected) if any(expected) else None)
+    assert written.get("network_train_unet_only", False) is not any(expected)
+    assert ("text_encoder_stop_after" in {left.key for left in export.missing}) == told
+    again = read_back(plan, tmp_path)
+    assert (again["text_encoder_learning_rate"], again["text_encoder_2_learning_rate"]) == expected
+
+
+@pytest.mark.parametrize("of_blocks", [
+    {"block_ranks": {"IN08": 3}}, {"block_alphas": {"MID": 2.5}}, {"conv_block_ranks": {"IN01": 6, "MID": 1}},
+    {"conv_block_alphas": {"OUT02": 3.0}},
+    {"block_ranks": {"IN08": 3}, "block_alphas": {"MID": 2.5}, "conv_block_ranks": {"IN01": 6},
+     "conv_block_alphas": {"MID": 3.0}}])
+def test_numbers_of_blocks_go_there_and_back(tmp_path, of_blocks):
+    """sd-scripts counts 23: the embeddings, nine down, three in the middle, nine up, the output; each list wants others."""
+    plan = make_plan(rank=8, alpha=4.0, targets="attention+ff+conv", conv_rank=2, conv_alpha=1.0, **of_blocks)
+    written = dict(text.split("=", 1) for text in export_plan(plan).settings["network"]["network_args"])
+    lists = {key: value.split(",") for key, value in written.items() if key.endswith(("dims", "alphas"))}
+    assert "block_dims" in lists and all(len(values) == 23 for values in lists.values())
+    assert ("conv_block_dims" in lists) == any(name.startswith("conv") for name in of_blocks)
+    if len(of_blocks) == 4:
+        assert lists == {"block_dims": ["8"] * 9 + ["3"] + ["8"] * 13,
+                         "block_alphas": ["4.0"] * 10 + ["2.5"] * 3 + ["4.0"] * 10,
+                         "conv_block_dims": ["2", "2", "6"] + ["2"] * 20,
+                         "conv_block_alphas": ["1.0"] * 10 + ["3.0"] * 3 + ["1.0"] * 10}
+    again = read_back(plan, tmp_path)
+    for name in ("block_ranks", "block_alphas", "conv_block_ranks", "conv_block_alphas"):
+        assert again.get(name, {}) == of_blocks.get(name, {}), name
+    assert (again["conv_rank"], again["conv_alpha"], again["targets"]) == (2, 1.0, "attention+ff+conv")
+
+
 @pytest.mark.parametrize("values", [{"scheduler": "constant"}, {"save_every": 0}, {"judge_every": 0}])
 def test_what_would_stop_sd_scripts_is_not_written(values):
     """It divides by these steps, and refuses a warm-up with `constant`."""

@@ -9,7 +9,7 @@ from crumb.engine.model.config import make_unet_config
 from crumb.engine.network.lora import Dropout, LoRAConv2d, LoRALinear, attach_lora
 from crumb.engine.network.save import save_lora
 from crumb.engine.network.verify import verify_lora
-from crumb.profiles.blocks import ATTENTION_BLOCKS, block_of
+from crumb.profiles.blocks import ATTENTION_BLOCKS, CONVOLUTION_BLOCKS, RESNET_BLOCKS, block_of
 from crumb.profiles.errors import RequestError
 
 CONFIG = make_unet_config((32, 64, 128), (0, 1, 2), 128, 64, 64 + 6 * 256, 16)
@@ -37,13 +37,19 @@ def render(unet) -> torch.Tensor:
 
 def test_blocks_take_their_own_rank_alpha_and_rate(make_plan):
     plan = make_plan(targets="attention+ff+conv", rank=4, alpha=2.0, conv_rank=2, conv_alpha=1.0, lora_plus_ratio=4.0,
-                     block_ranks={"IN08": 8, "OUT05": 1}, block_alphas={"IN08": 8.0}, block_rates={"MID": 0, "IN05": 0.5})
+                     block_ranks={"IN08": 8, "OUT05": 1}, block_alphas={"IN08": 8.0},
+                     conv_block_ranks={"IN01": 6, "OUT05": 3}, conv_block_alphas={"IN03": 4.0, "OUT05": 1.5},
+                     block_rates={"MID": 0, "IN05": 0.5})
     network = attach_lora(new_unet(), plan)
     blocks = {block_of(stem) for stem in network.layers}
-    assert "MID" not in blocks and {"IN01", "IN08", "OUT05", "OUT08"} <= blocks
+    assert blocks == set(CONVOLUTION_BLOCKS) - {"MID"}
+    assert {block_of(stem) for stem, layer in network.layers.items() if layer.lora_A.shape[2:] != (3, 3)} == set(
+        RESNET_BLOCKS) - {"MID"}
     for stem, layer in network.layers.items():
         block, is_conv = block_of(stem), layer.lora_A.dim() == 4 and layer.lora_A.shape[-1] == 3
-        rank, alpha = (2, 1.0) if is_conv else ({"IN08": 8, "OUT05": 1}.get(block, 4), 8.0 if block == "IN08" else 2.0)
+        rank, alpha = {"IN08": 8, "OUT05": 1}.get(block, 4), 8.0 if block == "IN08" else 2.0
+        if is_conv:
+            rank, alpha = {"IN01": 6, "OUT05": 3}.get(block, 2), {"IN03": 4.0, "OUT05": 1.5}.get(block, 1.0)
         assert (layer.rank, layer.alpha, layer.lora_A.shape[0]) == (rank, alpha, rank), stem
         assert layer.rate == (0.5 if block == "IN05" else 1.0)
     groups = dict(network.rate_groups(plan.lora_plus_ratio))
@@ -71,6 +77,9 @@ def test_diffusers_renders_a_file_of_different_alphas_as_it_was_trained(make_pla
 
 @pytest.mark.parametrize(("settings", "words"), [
     ({"block_ranks": {"IN8": 4}}, "IN08"), ({"block_ranks": {"IN08": 4.5}}, "whole number"),
+    ({"conv_block_ranks": {"IN08": 4}}, "no 3x3 convolution learns"),
+    ({"conv_block_alphas": {"IN08": 4}}, "leave conv_block_alphas out"),
+    ({"conv_block_ranks": {"IN08": 0}, "targets": "attention+ff+conv", "conv_rank": 4}, "whole number from 1"),
     ({"block_alphas": {"MID": 0}}, "0.1"), ({"block_rates": {"MID": -1}}, "from 0"),
     ({"block_rates": dict.fromkeys(ATTENTION_BLOCKS, 0)}, "at least one"),
     ({"optimizer": "Prodigy", "learning_rate": 1.0, "lora_plus_ratio": 4.0}, "AdamW8bit"),
