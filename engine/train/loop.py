@@ -66,7 +66,7 @@ class Trainer:
         learning_rate = plan.learning_rate * learning_rate_factor(plan.scheduler, step, plan.steps, plan.warmup_ratio)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate * group["rate_factor"]
-        self.network.train(True)
+        self.network.train(True, text_learns(plan, step))
         loss, num_pictures, data_wait_s = self._accumulate_gradients(step)
         self.network.train(False)
         grad_norm = self._apply_gradients(loss)
