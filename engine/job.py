@@ -139,8 +139,10 @@ def _assemble(run: RunDirectory, plan: Plan, base: BaseModel, placement: Placeme
     if found:
         state, tensors = found
         restore(state, tensors, network, optimizer, scaler)
-        step, trainer.loss_smoothed = state["step"], state["progress"]["loss_smoothed"]
-        job.history = [Judged(**judged) for judged in state["progress"]["judged"]]
+        step, progress = state["step"], state["progress"]
+        # Older checkpoints don't say how many losses theirs averages.
+        trainer.loss_smoothed, trainer.num_losses = progress["loss_smoothed"], progress.get("num_losses", step)
+        job.history = [Judged(**judged) for judged in progress["judged"]]
     elif plan.start_from:
         _start_from(network, Path(plan.start_from), events)
     # An optimizer differs where one machine lacks the package that the plan names.
@@ -225,7 +227,8 @@ def _judge(job: Job, step: int) -> bool:
 def _save(job: Job, step: int) -> None:
     trainer = job.trainer
     trainer.status.update(state="saving")
-    progress = {"loss_smoothed": trainer.loss_smoothed, "judged": [asdict(judged) for judged in job.history]}
+    progress = {"loss_smoothed": trainer.loss_smoothed, "num_losses": trainer.num_losses,
+                "judged": [asdict(judged) for judged in job.history]}
     folder = save_checkpoint(job.run, step, trainer.network, trainer.optimizer, trainer.scaler, job.belongs_to, progress,
                              job.plan.save_precision, _metadata(job, step))
     best = best_of(job.history)

@@ -149,8 +149,20 @@ def test_a_nan_step_changes_nothing_and_is_counted(trainer, monkeypatch):
             run.train_step(step)
 
 
-def test_clipping_bounds_the_gradient(trainer):
-    run = trainer(max_grad_norm=0.01, optimizer_args={"weight_decay": 0.0})
+def test_the_smoothed_loss_is_the_weighted_mean_of_all_so_far_but_the_dropped(trainer):
+    """0.98 to the power of its age is a loss's weight; the first leads no longer than its share."""
+    run, losses = trainer(), [4.0, 2.0, math.nan, 1.0, 3.0]
+    run._accumulate_gradients = lambda step: (losses[step], 1, 0.0)
+    shown = [run.train_step(step)["loss_smoothed"] for step in range(5)]
+    by_hand = [4.0, (0.98 * 4 + 2) / 1.98, (0.98 * 4 + 2) / 1.98, (0.9604 * 4 + 0.98 * 2 + 1) / 2.9404,
+               (0.941192 * 4 + 0.9604 * 2 + 0.98 * 1 + 3) / 3.881592]
+    assert shown == pytest.approx(by_hand, rel=1e-12), (shown, by_hand)
+
+
+@pytest.mark.parametrize("max_grad_norm", [0.01, 0])
+def test_clipping_bounds_the_gradient(trainer, max_grad_norm):
+    """0 leaves it as it is."""
+    run = trainer(max_grad_norm=max_grad_norm, optimizer_args={"weight_decay": 0.0})
     seen = []
     step = run.optimizer.step
     run.optimizer.step = lambda *a, **k: (seen.append(gradient_norm(run)), step(*a, **k))
