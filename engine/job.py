@@ -142,8 +142,10 @@ def _take_up(job: Job) -> int:
     if found:
         state, tensors = found
         restore(state, tensors, trainer.network, trainer.optimizer, trainer.scaler)
-        trainer.loss_smoothed = state["progress"]["loss_smoothed"]
-        job.history = [Judged(**judged) for judged in state["progress"]["judged"]]
+        progress = state["progress"]
+        # Older checkpoints don't say how many losses theirs averages.
+        trainer.loss_smoothed, trainer.num_losses = progress["loss_smoothed"], progress.get("num_losses", state["step"])
+        job.history = [Judged(**judged) for judged in progress["judged"]]
         return state["step"]
     if job.plan.start_from:
         _start_from(trainer.network, Path(job.plan.start_from), job.events)
@@ -229,7 +231,8 @@ def _judge(job: Job, step: int) -> bool:
 def _save(job: Job, step: int) -> None:
     trainer = job.trainer
     trainer.status.update(state="saving")
-    progress = {"loss_smoothed": trainer.loss_smoothed, "judged": [asdict(judged) for judged in job.history]}
+    progress = {"loss_smoothed": trainer.loss_smoothed, "num_losses": trainer.num_losses,
+                "judged": [asdict(judged) for judged in job.history]}
     folder = save_checkpoint(job.run, step, trainer.network, trainer.optimizer, trainer.scaler, job.belongs_to, progress,
                              job.plan.save_precision, _metadata(job, step))
     best = best_of(job.history)

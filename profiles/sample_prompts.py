@@ -86,6 +86,13 @@ def texts_of(prompts: list[SamplePrompt]) -> list[str]:
     return [text for prompt in prompts for text in (prompt.text, prompt.negative)]
 
 
+def with_steps(line: str, steps: int) -> str:
+    """The line with other --s."""
+    text, *options = (part.strip() for part in OPTION.split(line))
+    kept = [option for option in options if option.split()[0].lower() != "s"]
+    return " --".join([text, *kept, f"s {steps}"]).strip()
+
+
 def without_options(text: str) -> str:
     """The text before what would be read as options: captions may hold such, copied from other programs' prompts."""
     return OPTION.split(text, maxsplit=1)[0].strip()

@@ -123,10 +123,10 @@ class Network:
     def num_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters())
 
-    def train(self, mode: bool) -> None:
-        """Dropout acts in training mode only."""
-        for layer in self.layers.values():
-            layer.training = mode
+    def train(self, mode: bool, text_learns: bool = True) -> None:
+        """Dropout acts in training mode only, and in text encoders only while they learn."""
+        for stem, layer in self.layers.items():
+            layer.training = mode and (text_learns or not stem.startswith("lora_te"))
 
     def rate_groups(self, lora_plus_ratio: float) -> list[tuple[float, list[nn.Parameter]]]:
         """(factor on the learning rate, parameters) for each factor in use, B's times the ratio (Hayou et al. 2024, LoRA+)."""

@@ -4,7 +4,7 @@ Text encoders, U-Net and VAE are in memory one after the other; the U-Net is loa
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -25,7 +25,7 @@ from crumb.engine.train.text import encode_texts
 from crumb.profiles.base_model import BaseModel, fingerprint, inspect_base_model
 from crumb.profiles.errors import RequestError
 from crumb.profiles.plan import Plan, load_plan
-from crumb.profiles.sample_prompts import SamplePrompt, parse_sample_prompts, texts_of
+from crumb.profiles.sample_prompts import SamplePrompt, parse_sample_prompts, texts_of, with_steps
 
 Report = Callable[[str, int, int], None]
 """Told the phase, how much of it is done, and of how much."""
@@ -54,7 +54,9 @@ def make_sheet(sheet: Sheet, report: Report) -> Image.Image:
     files = lora_files(sheet.run, plan.steps)
     if not files:
         raise RequestError(f"The run {sheet.run.name!r} has no LoRA file yet.")
-    prompts = [replace(prompt, steps=sheet.steps or prompt.steps) for prompt in parse_sample_prompts(sheet.lines, plan)]
+    # Prompts and titles from the same lines: a title says what its pictures were drawn with.
+    lines = [with_steps(line, sheet.steps) if sheet.steps else line for line in sheet.lines]
+    prompts = parse_sample_prompts(lines, plan)
     base = inspect_base_model(Path(plan.base_model))
     placement = choose_placement(plan)
     settle_torch(base, placement)
@@ -65,7 +67,7 @@ def make_sheet(sheet: Sheet, report: Report) -> Image.Image:
     blocks = [
         Block(line, [Row(file.describe(), [pictures[cell][index] for cell in _cells_of(file, sheet)], file.is_best)
                      for file in files])
-        for index, line in enumerate(sheet.lines)
+        for index, line in enumerate(lines)
     ]
     heading = f"{sheet.run.name} on {base.path.name}: LoRA files by strength"
     return draw_sheet(heading, ["base", *map(str, sheet.strengths)], blocks)

@@ -26,7 +26,7 @@ from crumb.profiles.errors import CrumbError
 from crumb.profiles.plan import Plan
 
 LOSS_SMOOTHING = 0.98
-"""Share of the old value in the smoothed loss; about the last 50 steps count."""
+"""What each step's loss counts beside the next one's in the smoothed loss; about the last 50 steps count."""
 
 MAX_SKIPPED_IN_A_ROW = 25
 """fp16's loss scale needs up to 16 halvings to find its level; more than this is no search but a broken run."""
@@ -51,6 +51,8 @@ class Trainer:
     """Kept where they learn; otherwise every text comes from the cache."""
     processes: Processes = Processes()
     loss_smoothed: float | None = None
+    num_losses: int = 0
+    """Steps that it averages: all but the dropped ones."""
     skipped_in_a_row: int = 0
 
     def prompt_entries(self, texts: list[str]) -> dict[str, dict[str, Tensor]]:
@@ -66,14 +68,13 @@ class Trainer:
         learning_rate = plan.learning_rate * learning_rate_factor(plan.scheduler, step, plan.steps, plan.warmup_ratio)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate * group["rate_factor"]
-        self.network.train(True)
+        self.network.train(True, text_learns(plan, step))
         loss, num_pictures, data_wait_s = self._accumulate_gradients(step)
         self.network.train(False)
         grad_norm = self._apply_gradients(loss)
         skipped = self.skipped_in_a_row > 0
         if not skipped:
-            self.loss_smoothed = loss if self.loss_smoothed is None else (
-                LOSS_SMOOTHING * self.loss_smoothed + (1 - LOSS_SMOOTHING) * loss)
+            self._smooth(loss)
         seconds = time.perf_counter() - started
         fields = {
             "step": step + 1, "epoch": self._epoch(step), "loss": _finite(loss), "loss_smoothed": self.loss_smoothed,
@@ -130,6 +131,15 @@ class Trainer:
                 f"Start a new run with a lower learning rate ({self.plan.learning_rate:g} now) or mixed_precision = "
                 f"\"bf16\" or \"no\" ({self.plan.mixed_precision} now). What the checkpoints hold was saved before this.")
         return grad_norm
+
+    def _smooth(self, loss: float) -> None:
+        """Takes a step's loss into the smoothed one: Adam's average, corrected for its start (Kingma & Ba 2015, section 3).
+
+        As a mean that is moved on, which needs no uncorrected average beside it: where few losses are known, each counts more.
+        """
+        self.num_losses += 1
+        weight = (1 - LOSS_SMOOTHING) / (1 - LOSS_SMOOTHING**self.num_losses)
+        self.loss_smoothed = loss if self.loss_smoothed is None else self.loss_smoothed + weight * (loss - self.loss_smoothed)
 
     def _batch_indices(self, number: int) -> list[int]:
         num_batches = self.training_set.num_batches(self.plan.batch_size)

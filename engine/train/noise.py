@@ -51,7 +51,9 @@ def sample_noise(shape: torch.Size, generator: torch.Generator, plan: Plan) -> T
 def add_coarse_noise(noise: Tensor, iterations: int, discount: float, generator: torch.Generator) -> Tensor:
     """Adds noise of ever lower resolution, each picture's sum scaled back to a deviation of 1 (NOISE-MULTIRES; Whitaker 2023).
 
-    Iteration i is drawn at 1 / rⁱ of the size, r new each time between 2 and 4, and counts discountⁱ.
+    Iteration i is drawn at 1 / rⁱ of the size, r new each time between 2 and 4, and counts discountⁱ. The first whose
+    shorter side is a single value is the last, as in sd-scripts, whose presets are in use; it divides by one deviation of
+    the whole batch, which would make a picture's noise depend on its company.
     """
     height, width = noise.shape[-2:]
     for i in range(iterations):
@@ -59,7 +61,7 @@ def add_coarse_noise(noise: Tensor, iterations: int, discount: float, generator:
         size = max(1, int(height / shrink)), max(1, int(width / shrink))
         coarse = torch.randn(*noise.shape[:2], *size, generator=generator)
         noise = noise + discount**i * F.interpolate(coarse, (height, width), mode="bilinear", align_corners=False)
-        if size == (1, 1):
+        if 1 in size:
             break
     return noise / noise.std(dim=(1, 2, 3), keepdim=True)
 

@@ -5,11 +5,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from diffusers import AutoencoderKL
 
 from crumb.engine.data.caches import write_entry
 from crumb.engine.data.prepare import TrainingSet
 from crumb.engine.memory.placement import Placement
-from crumb.engine.model.load import load_text_encoders, load_unet
+from crumb.engine.model.load import load_text_encoders, load_unet, load_vae
 from crumb.engine.network.lora import attach_lora
 from crumb.engine.network.text import attach_text_lora
 from crumb.engine.train.loop import Trainer
@@ -43,6 +44,18 @@ def trainer(tiny_base, tmp_path, make_plan):
         return Trainer(plan, unet, network, optimizer, scaler, pictures, placement, alphas_cumprod(False), 0.13025,
                        SimpleNamespace(), SimpleNamespace(), encoders)
     return make
+
+
+@pytest.fixture(scope="session")
+def other_vae(tiny_base, tmp_path_factory) -> SimpleNamespace:
+    """A VAE of the tiny base's shape and weights of its own: its `folder`, and as diffusers reads it `whole` and `tiled`."""
+    folder = tmp_path_factory.mktemp("vae")
+    torch.manual_seed(7)
+    AutoencoderKL(**load_vae(inspect_base_model(tiny_base), None, torch.float32).config).save_pretrained(folder)
+    whole, tiled = AutoencoderKL.from_pretrained(folder), AutoencoderKL.from_pretrained(folder)
+    tiled.enable_tiling()
+    tiled.tile_sample_min_size, tiled.tile_latent_min_size = 512, 64
+    return SimpleNamespace(folder=folder, whole=whole, tiled=tiled)
 
 
 def training_set(folder: Path, plan: Plan, encoded: bool) -> TrainingSet:

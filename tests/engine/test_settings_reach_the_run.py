@@ -1,7 +1,12 @@
 """Settings that the job itself passes on: a run with one of them ends otherwise than a run without."""
 
+import json
+
 import pytest
+import torch
+from diffusers.models.attention import BasicTransformerBlock
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 from crumb.engine.job import run_job
 from crumb.engine.run.directory import create_run
@@ -9,6 +14,7 @@ from crumb.engine.run.events import EventWriter, read_events
 from crumb.engine.run.status import Status
 from crumb.profiles.plan import dump_plan
 
+SMALL = {"steps": 1, "resolution": 64, "batch_size": 5, "max_token_length": 75, "caption_suffix": ""}
 LONG = ", ".join(f"word{n}" for n in range(60))
 
 
@@ -19,15 +25,19 @@ def train(tiny_base, photographs, make_plan):
         plan = make_plan(**{"name": name, "base_model": str(tiny_base), "images": str(photographs), "steps": 2, "rank": 2,
                             "alpha": 2.0, "learning_rate": 1e-3, "sample_every": 0, "save_every": 1, "sample_steps": 1,
                             "sample_prompts": ["a"], "caption_suffix": LONG, "max_token_length": 150} | settings)
-        run = create_run(name, dump_plan(plan))
-        events, status = EventWriter(run.events), Status(run)
-        try:
-            assert run_job(run, events, status) == 0
-        finally:
-            status.close()
-            events.close()
-        return run, read_events(run.events)[0]
+        return work(create_run(name, dump_plan(plan)))
     return train
+
+
+def work(run):
+    """From its newest checkpoint, where it has one."""
+    events, status = EventWriter(run.events), Status(run)
+    try:
+        assert run_job(run, events, status) == 0
+    finally:
+        status.close()
+        events.close()
+    return run, read_events(run.events)[0]
 
 
 def losses(events) -> list[float]:
@@ -70,8 +80,52 @@ def test_convolutions_of_a_block_take_its_rank_and_alpha(train):
 
 
 def test_what_is_written_follows_each_of_them(train):
-    run, events = train("written", keep_checkpoints=1, sample_every=1, judge_every=2, trackers=["tensorboard"], steps=4)
+    run, events = train("written", keep_checkpoints=1, sample_every=1, judge_every=2, trackers=["tensorboard"], steps=4,
+                        save_precision="bf16")
     assert [path.name for path in sorted(run.checkpoints.iterdir())] == ["step-000003"]
     assert [event["step"] for event in events if event["type"] == "judged"] == [0, 2, 4]
     assert [event["step"] for event in events if event["type"] == "sample"] == [0, 1, 2, 3, 4]
     assert any((run.path / "trackers").rglob("events.out*"))
+    (in_checkpoint,) = run.checkpoints.glob("step-*/written-*.safetensors")
+    assert {tensor.dtype for file in (in_checkpoint, run.result) for tensor in load_file(file).values()} == {torch.bfloat16}
+
+
+def test_gradient_checkpointing_computes_every_block_twice(train):
+    """The tiny U-Net has 2 + 4 transformer blocks on its way down, 2 in the middle and 6 + 3 on its way up."""
+    called = []
+
+    def count(module, inputs):
+        if isinstance(module, BasicTransformerBlock) and torch.is_grad_enabled():  # measurements take no gradients
+            called.append(module)
+
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(count)
+    try:
+        _, kept = train("kept", gradient_checkpointing=False, **SMALL)
+        num_kept = len(called)
+        _, recomputed = train("recomputed", gradient_checkpointing=True, **SMALL)
+    finally:
+        hook.remove()
+    assert (num_kept, len(called) - num_kept) == (17, 2 * 17)
+    assert losses(kept) == losses(recomputed)
+
+
+def test_the_smoothed_loss_goes_on_where_a_checkpoint_left_it(train):
+    """Also where an older one does not say how many losses it averages; where steps were dropped they are fewer."""
+    run, events = train("resumed", **SMALL | {"steps": 3, "save_every": 2, "gradient_accumulation_steps": 2})
+    _, second, third = steps = [event for event in events if event["type"] == "step"]
+    (numbers,) = [event for event in events if event["type"] == "numbers"]
+    # Six pictures of one size are two batches of five at most, which one step takes both.
+    assert (numbers["pictures_per_step"], numbers["steps_per_epoch"], third["epoch"]) == (10, 1.0, 3.0)
+    file = run.checkpoints / "step-000002" / "state.json"
+    state = json.loads(file.read_text())
+    assert state["progress"]["num_losses"] == 2 and len(steps) == 3
+    without_number = {name: value for name, value in state["progress"].items() if name != "num_losses"}
+    share = 0.02 / (1 - 0.98**2)
+    one_dropped = second["loss_smoothed"] + share * (third["loss"] - second["loss_smoothed"])
+    for progress, expected in [(state["progress"], third["loss_smoothed"]), (without_number, third["loss_smoothed"]),
+                               (without_number | {"num_losses": 1}, one_dropped)]:
+        file.write_text(json.dumps(state | {"progress": progress}))
+        _, events = work(run)
+        last = [event for event in events if event["type"] == "step"][-1]
+        assert last["step"] == 3 and last["loss"] == third["loss"]
+        assert last["loss_smoothed"] == expected, (last, progress)

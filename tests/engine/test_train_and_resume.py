@@ -185,6 +185,9 @@ def test_kill_9_after_a_checkpoint_then_resume_gives_the_same_bytes(plan, straig
     told = {event["step"]: event["held_out_loss"] for event in read_events(run.events)[0] if event["type"] == "judged"}
     assert told == {event["step"]: event["held_out_loss"] for event in read_events(straight.events)[0]
                     if event["type"] == "judged"}
+    smoothed, expected = ({event["step"]: event["loss_smoothed"] for event in read_events(one.events)[0]
+                           if event["type"] == "step"} for one in (run, straight))
+    assert smoothed == expected
     assert run.result.read_bytes() == straight.result.read_bytes()
 
 

@@ -47,6 +47,7 @@ def test_round_trip(name, prompts, seed, rate, arguments):
     ("optimizer_args = {}", "optimizer_args = {betas = [0.9]}", ["betas", "two numbers"]),
     ("seed = 42", "seed = = 42", ["not valid TOML", "line"]),
     ("steps = 1000", "steps = 1000\nrank = 4", ["rank", "[network]"]),
+    ("cache_latents = true", "cache_latents = false", ["cache_latents", "True"]),
 ])
 def test_mistakes_are_named(old, new, named, tmp_path):
     good = dump_plan(Plan(**REQUIRED))

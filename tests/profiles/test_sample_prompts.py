@@ -10,7 +10,14 @@ from crumb.profiles.dataset import Picture
 from crumb.profiles.errors import RequestError
 from crumb.profiles.interview import default_prompts
 from crumb.profiles.plan import dump_plan, parse_plan
-from crumb.profiles.sample_prompts import SamplePrompt, parse_sample_prompts, sample_prompts, texts_of, without_options
+from crumb.profiles.sample_prompts import (
+    SamplePrompt,
+    parse_sample_prompts,
+    sample_prompts,
+    texts_of,
+    with_steps,
+    without_options,
+)
 
 
 def test_every_option_is_read_and_the_plan_fills_the_rest(make_plan):
@@ -56,3 +63,11 @@ def test_captions_from_elsewhere_give_prompts_without_their_options():
     scan = SimpleNamespace(pictures=[Picture(Path("a.png"), 64, 64, 1, "a cat, oil on canvas --ar 16:9", None)])
     answers = Answers(images="p", base="b", subject="style", trigger="ohwx")
     assert default_prompts(answers, scan)[-1] == "ohwx, a cat, oil on canvas"
+
+
+@pytest.mark.parametrize(("line", "with_7"), [
+    ("a cat", "a cat --s 7"), ("a cat --s 30", "a cat --s 7"), ("--s 3 --n dogs", "--n dogs --s 7"),
+    ("a cat --S 30  --n a -- dog --d 3", "a cat --n a -- dog --d 3 --s 7"),
+    ("so--called -- a cat --w 64", "so--called -- a cat --w 64 --s 7")])
+def test_other_steps_leave_all_else_of_a_line(line, with_7):
+    assert with_steps(line, 7) == with_7

@@ -171,6 +171,65 @@ def test_mirrored_views(prepare_from, tiny_base):
     assert torch.equal(half.latent_mean[0], plain.latent_mean[0]) and torch.equal(half.latent_mean[1], mirrored.latent_mean[1])
 
 
+@pytest.mark.parametrize(("settings", "wide", "small"), [
+    ({}, (8, 24), (8, 8)), ({"buckets": False}, (16, 16), (8, 8)), ({"upscale": True}, (8, 24), (16, 16)),
+    ({"resolution": 64}, (8, 8), (8, 8))])
+def test_sizes_follow_the_plan(folders, prepare_from, settings, wide, small):
+    """300x150 and 100x90: of 128x128's area 192x64 is nearest to 2:1, and 64x64 the largest that needs no enlarging."""
+    for name, size in {"wide": (300, 150), "small": (100, 90)}.items():
+        (folders / "sizes").mkdir(exist_ok=True)
+        Image.effect_noise(size, 90).save(folders / "sizes" / f"{name}.png")
+    training_set, at, _ = prepare_from(images=str(folders / "sizes"), **settings)
+    got = {name: tuple(training_set.batch([at[name]]).latent_mean.shape[-2:]) for name in ("wide", "small")}
+    assert got == {"wide": wide, "small": small}
+
+
+@pytest.mark.parametrize("vae_tiling", [False, True])
+def test_the_plans_vae_encodes_and_in_tiles_where_it_says_so(folders, prepare_from, other_vae, vae_tiling):
+    """Against diffusers' VAE of that folder; the picture is larger than a tile, and tiles give something else."""
+    (folders / "large").mkdir()
+    Image.effect_noise((640, 128), 90).convert("RGB").save(folders / "large" / "a.png")
+    training_set, at, _ = prepare_from(images=str(folders / "large"), resolution=320, vae=str(other_vae.folder),
+                                       vae_tiling=vae_tiling)
+    pixels = torch.tensor(np.asarray(Image.open(folders / "large" / "a.png"), np.float32) / 127.5 - 1).permute(2, 0, 1)[None]
+    with torch.no_grad():
+        means = [vae.encode(pixels).latent_dist.mean for vae in (other_vae.whole, other_vae.tiled)]
+    got = training_set.batch([at["a"]]).latent_mean
+    differences = [((got - mean).abs().max() / mean.abs().max()).item() for mean in means]
+    assert differences[vae_tiling] < 1e-4, f"differs from the VAE's own latents by {differences[vae_tiling]:.1e} of the largest"
+    assert differences[not vae_tiling] > 1e-2, "whole and in tiles is all the same here, so nothing was compared"
+
+
+def test_as_many_texts_of_a_caption_as_the_plan_says(folders, prepare_from):
+    """Ten tags can be shuffled in millions of ways: as many texts are encoded as shown, and they are the seed's."""
+    (folders / "own/plain.txt").write_text(", ".join("abcdefghij"))
+    seen = {}
+    for seed in (1, 2):
+        training_set, at, events = prepare_from(shuffle_captions=True, caption_variants=3, seed=seed)
+        shown = {training_set.text(at["plain"], f"{view} 0") for view in range(100)}
+        whole = {training_set.text(at["plain"]), training_set.text(at["masked"]), ""}
+        assert len(shown) == 3 and set(training_set.prompt_paths) == shown | whole, (shown, set(training_set.prompt_paths))
+        assert [event["num_texts"] for event in events if event["type"] == "texts"] == [3 + 2]
+        seen[seed] = shown
+    assert not seen[1] & seen[2]
+
+
+def test_cached_captions_are_read_as_the_plan_says(folders, prepare_from, tiny_base):
+    """At the plan's clip skip and length, with a warning where that cuts one; against an encoding without a cache."""
+    (folders / "own/plain.txt").write_text("cat, " * 40)
+    encoders = load_text_encoders(inspect_base_model(tiny_base), torch.float32)
+    for clip_skip, length, words in ((3, 75, ["1 captions are longer than 75 tokens"]), (1, 150, [])):
+        training_set, at, events = prepare_from(max_token_length=length, clip_skip=clip_skip)
+        warnings = [event["text"] for event in events if event["type"] == "warning" and "tokens" in event["text"]]
+        assert len(warnings) == len(words) and all(word in text for word, text in zip(words, warnings)), warnings
+        with torch.no_grad():
+            expected, pooled = encode_prompts(encoders, [training_set.text(at["plain"])], clip_skip, length)
+        batch = training_set.batch([at["plain"]])
+        assert expected.shape == (1, 77 * (length // 75), 128)
+        torch.testing.assert_close(batch.encoder_hidden_states, expected)
+        torch.testing.assert_close(batch.pooled, pooled)
+
+
 def test_only_subsets_that_may_be_are_mirrored(folders, prepare_from):
     settings = {"subsets": [{"images": str(folders / "faces"), "flip": True}], "regularization": str(folders / "reg")}
     training_set, at, _ = prepare_from(**settings)
@@ -210,11 +269,14 @@ def test_alpha_is_a_mask_of_the_picture_itself(folders, prepare_from):
 
 
 def test_held_out_pictures_are_never_regularization_pictures(folders, prepare_from):
+    by_seed = []
     for seed in range(4):
         training_set, at, _ = prepare_from(regularization=str(folders / "reg"), held_out_pictures=1, seed=seed, flip=True)
         (held_out,) = training_set.held_out
+        by_seed.append(held_out)
         assert held_out in (at["plain"], at["masked"]) and held_out not in training_set.trained
         assert held_out not in training_set.mirrored_paths and len(training_set.mirrored_paths) == 4
+    assert set(by_seed) == {at["plain"], at["masked"]}, "the seed chooses"
 
 
 def test_the_digest_covers_all_that_a_batch_is_made_of(folders, prepare_from):

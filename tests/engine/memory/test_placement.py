@@ -23,8 +23,10 @@ def test_without_a_gpu(monkeypatch):
     for settings in ({"device": "cuda"}, {"device": "auto", "mixed_precision": "fp16"}):
         with pytest.raises(RequestError):
             choose_placement(Plan(**REQUIRED, **settings))
-    placement = choose_placement(Plan(**REQUIRED, device="auto", mixed_precision="no", gradient_checkpointing=True))
-    assert placement.device.type == "cpu" and placement.gradient_checkpointing
+    for precision, dtype, checkpointing in (("no", torch.float32, True), ("bf16", torch.bfloat16, False)):
+        placement = choose_placement(Plan(**REQUIRED, device="auto", mixed_precision=precision,
+                                          gradient_checkpointing=checkpointing))
+        assert placement == Placement(torch.device("cpu"), dtype, checkpointing)
 
 
 def test_tiles_are_really_used_at_sdxls_own_size(tiny_base, monkeypatch):

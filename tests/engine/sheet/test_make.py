@@ -14,12 +14,13 @@ import pytest
 from PIL import Image
 
 from crumb.engine.memory.placement import choose_placement
-from crumb.engine.run.directory import RunDirectory
+from crumb.engine.run.directory import RunDirectory, create_run
 from crumb.engine.run.lora_files import lora_files
+from crumb.engine.sheet import make
 from crumb.engine.sheet.__main__ import _work
-from crumb.engine.sheet.make import BASE, draw_cells
+from crumb.engine.sheet.make import BASE, Sheet, draw_cells, make_sheet
 from crumb.profiles.base_model import inspect_base_model
-from crumb.profiles.plan import load_plan
+from crumb.profiles.plan import dump_plan, load_plan
 from crumb.profiles.sample_prompts import sample_prompts
 
 PROMPTS = '["ohwx cat --w 192 --h 64 --l 4", "a dog --n blurry --d 3"]'
@@ -100,6 +101,24 @@ def test_new_prompts_are_encoded_and_steps_replaced(run, tmp_path):
     assert "drawing 3 pictures" in done.stdout and (tmp_path / "new.png").stat().st_size > 1000
     again = crumb("sheet", run.path, "--out", tmp_path / "new.png")
     assert again.returncode == 2 and "exists already" in again.stderr
+
+
+@pytest.mark.parametrize(("steps", "titles"), [
+    (None, ["a cat", "a dog --s 30 --n blurry"]), (7, ["a cat --s 7", "a dog --n blurry --s 7"])])
+def test_titles_say_the_steps_that_were_drawn(tiny_base, make_plan, monkeypatch, steps, titles):
+    """Nothing is drawn: what the drawing was asked for is compared with what stands over its pictures."""
+    created = create_run("t", dump_plan(make_plan(base_model=str(tiny_base), sample_steps=5)))
+    created.result.touch()
+    asked, blocks = [], []
+
+    def draw_nothing(plan, base, placement, prompts, cells, scale, report):
+        asked.extend(prompts)
+        return {cell: [Image.new("RGB", (64, 64))] * len(prompts) for cell in cells}
+    monkeypatch.setattr(make, "draw_cells", draw_nothing)
+    monkeypatch.setattr(make, "draw_sheet", lambda heading, columns, of_sheet: blocks.extend(of_sheet))
+    make_sheet(Sheet(created, ["a cat", "a dog --s 30 --n blurry"], [1.0], steps), lambda *progress: None)
+    assert [prompt.steps for prompt in asked] == [steps or 5, steps or 30]
+    assert [block.title for block in blocks] == titles
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])

@@ -42,9 +42,11 @@ def test_neither_mirrored_nor_regularization_pictures_are_measured(trainer):
     assert judge(run, 0).training_loss == expected != first.training_loss
 
 
-@pytest.mark.parametrize(("batch_size", "masked"), [(1, False), (3, False), (8, False), (3, True)])
-def test_mean_by_hand_and_independent_of_batch_size(trainer, batch_size, masked, tmp_path):
-    run = trainer(batch_size=batch_size, loss_type="huber", loss_weighting="min_snr", mask_floor=0.25)
+@pytest.mark.parametrize(("batch_size", "num_passes", "prediction_type", "masked"), [
+    (1, 5, "epsilon", False), (3, 2, "v_prediction", False), (8, 1, "epsilon", False), (3, 2, "epsilon", True)])
+def test_mean_by_hand_and_independent_of_batch_size(trainer, batch_size, num_passes, prediction_type, masked, tmp_path):
+    run = trainer(batch_size=batch_size, loss_type="huber", loss_weighting="min_snr", prediction_type=prediction_type, seed=7,
+                  timestep_min=100, timestep_max=600, mask_floor=0.25)
     counts = torch.ones(16, 16, dtype=torch.float64)
     if masked:
         counts = torch.full_like(counts, 0.25)
@@ -55,20 +57,34 @@ def test_mean_by_hand_and_independent_of_batch_size(trainer, batch_size, masked,
     plain = replace(run.plan, loss_type="l2", loss_weighting="none")
     schedule, expected = alphas_cumprod(False).double(), []
     for index in (0, 2):
-        generator = step_generator(42, index, -2)
+        generator = step_generator(7, index, -2)
         batch = run.training_set.batch([index])
-        for timestep in (100, 300, 500, 700, 900):
-            noise = torch.randn((1, 4, 16, 16), generator=generator)
-            noisy = schedule[timestep].sqrt() * batch.latent_mean * 0.13025 + (1 - schedule[timestep]).sqrt() * noise
+        for timestep in (150, 250, 350, 450, 550):
+            noise, latents = torch.randn((1, 4, 16, 16), generator=generator), batch.latent_mean * 0.13025
+            signal, spread = schedule[timestep].sqrt(), (1 - schedule[timestep]).sqrt()
+            noisy = signal * latents + spread * noise
+            target = noise if prediction_type == "epsilon" else signal * noise - spread * latents
             with torch.no_grad():
                 prediction = run.unet(noisy.float(), torch.tensor([timestep]), batch.encoder_hidden_states,
                                       added_cond_kwargs={"text_embeds": batch.pooled, "time_ids": batch.time_ids}).sample
-            squares = (prediction - noise).double().square() * counts
+            squares = (prediction - target).double().square() * counts
             expected.append((squares.sum() / (4 * counts.sum())).item())
+    passes = []
+    run.unet.register_forward_hook(lambda *_: passes.append(1))
     got = mean_loss(run, [0, 2], plain)
-    assert got == pytest.approx(sum(expected) / len(expected), rel=1e-5)
+    assert got == pytest.approx(sum(expected) / len(expected), rel=1e-5) and len(passes) == 2 * num_passes
     chosen = judge_module._some([0, 2], 42)
     assert chosen == [0, 2]
+
+
+def test_the_seed_chooses_the_pictures_where_there_are_many(trainer, monkeypatch):
+    run, measured = trainer(), []
+    monkeypatch.setattr(judge_module, "NUM_JUDGED", 1)
+    monkeypatch.setattr(judge_module, "mean_loss", lambda run, indices, plan: measured.append(indices) or 1.0)
+    for seed in range(12):
+        judge(replace(run, plan=replace(run.plan, seed=seed)), 0)
+    assert len(measured) == 12 and {len(indices) for indices in measured} == {1}
+    assert {index for indices in measured for index in indices} == {0, 1, 2, 3}, measured
 
 
 def test_levels_are_those_that_are_trained_and_no_number_is_none(trainer):

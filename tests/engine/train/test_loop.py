@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from crumb.engine.data.caches import write_entry
+from crumb.engine.data.order import mirrored_views
 from crumb.engine.train import loop
 from crumb.engine.train.judge import judge
 from crumb.engine.train.loop import Trainer
@@ -39,6 +40,7 @@ def test_bf16_gradients_follow_fp32(trainer):
 
 def test_accumulation_is_the_mean_of_its_passes(trainer):
     together = trainer(gradient_accumulation_steps=2, batch_size=2)
+    assert together._epoch(2) == 3.0, "three steps of two passes of two, of four pictures"
     loss, num_pictures, _ = together._accumulate_gradients(0)
     accumulated = torch.cat([p.grad.flatten() for p in together.network.parameters()])
     alone, losses = trainer(batch_size=2), []
@@ -121,6 +123,33 @@ def test_half_of_the_views_are_mirrored_and_a_resumed_run_mirrors_the_same(train
     assert 0.42 < sum(may_be) / len(may_be) < 0.58
 
 
+def test_the_seed_decides_all_that_is_random(trainer, monkeypatch):
+    """The LoRA's start, the order of pictures, which are mirrored, noise and noise levels, dropout: each of its own."""
+    def drawn(seed: int) -> dict[str, list]:
+        run = trainer(seed=seed, batch_size=2, gradient_accumulation_steps=2)
+        seen = {"start": [next(iter(run.network.layers.values())).lora_A.tolist()],
+                "order": [run._batch_indices(number) for number in range(20)], "mirrored": [], "noise": [], "levels": [],
+                "dropout": []}
+
+        def forward(unet, batch, noisy_latents, target, timesteps, *rest):
+            for name, value in (("noise", target.flatten()[:4].tolist()), ("levels", timesteps.tolist()),
+                                ("dropout", torch.initial_seed())):
+                seen[name].append(value)
+            return sum(p.sum() for p in run.network.parameters()) * torch.zeros(2)
+
+        real = mirrored_views
+        monkeypatch.setattr(loop, "forward_loss", forward)
+        monkeypatch.setattr(loop, "mirrored_views", lambda *numbers: seen["mirrored"].append(real(*numbers)) or real(*numbers))
+        for step in range(4):
+            run._accumulate_gradients(step)
+        return seen
+
+    first, again, other = drawn(7), drawn(7), drawn(8)
+    for name, values in first.items():
+        assert values == again[name] and values != other[name], name
+        assert name in ("start", "order", "mirrored") or len({str(value) for value in values}) == 8, f"{name} repeats itself"
+
+
 def test_each_epoch_shows_the_next_regularization_pictures(trainer):
     """Two training pictures and five of regularization: two of these an epoch, in turn."""
     run = trainer(batch_size=1)
@@ -149,13 +178,25 @@ def test_a_nan_step_changes_nothing_and_is_counted(trainer, monkeypatch):
             run.train_step(step)
 
 
-def test_clipping_bounds_the_gradient(trainer):
-    run = trainer(max_grad_norm=0.01, optimizer_args={"weight_decay": 0.0})
+def test_the_smoothed_loss_is_the_weighted_mean_of_all_so_far_but_the_dropped(trainer):
+    """0.98 to the power of its age is a loss's weight; the first leads no longer than its share."""
+    run, losses = trainer(), [4.0, 2.0, math.nan, 1.0, 3.0]
+    run._accumulate_gradients = lambda step: (losses[step], 1, 0.0)
+    shown = [run.train_step(step)["loss_smoothed"] for step in range(5)]
+    by_hand = [4.0, (0.98 * 4 + 2) / 1.98, (0.98 * 4 + 2) / 1.98, (0.9604 * 4 + 0.98 * 2 + 1) / 2.9404,
+               (0.941192 * 4 + 0.9604 * 2 + 0.98 * 1 + 3) / 3.881592]
+    assert shown == pytest.approx(by_hand, rel=1e-12), (shown, by_hand)
+
+
+@pytest.mark.parametrize("max_grad_norm", [0.01, 0])
+def test_clipping_bounds_the_gradient(trainer, max_grad_norm):
+    """0 leaves it as it is."""
+    run = trainer(max_grad_norm=max_grad_norm, optimizer_args={"weight_decay": 0.0})
     seen = []
     step = run.optimizer.step
     run.optimizer.step = lambda *a, **k: (seen.append(gradient_norm(run)), step(*a, **k))
     fields = run.train_step(0)
-    assert fields["grad_norm"] > 0.01 and seen[0] == pytest.approx(0.01, rel=1e-3)
+    assert fields["grad_norm"] > 0.01 and seen[0] == pytest.approx(max_grad_norm or fields["grad_norm"], rel=1e-3)
 
 
 @pytest.mark.parametrize(("optimizer", "settings"), [
@@ -188,6 +229,15 @@ def test_warmup_rises_evenly_to_one():
     factors = [learning_rate_factor("constant_with_warmup", step, 100, 0.1) for step in range(100)]
     assert factors[:11] == pytest.approx([n / 11 for n in range(1, 12)]) and set(factors[10:]) == {1.0}
     assert {learning_rate_factor("constant", step, 100, 0.1) for step in range(100)} == {1.0}
+
+
+def test_every_step_takes_its_rate_from_the_plan(trainer):
+    """Half of ten steps warm up, by sixths of 1e-3; lora_up at four times the rate."""
+    run = trainer(steps=10, learning_rate=1e-3, scheduler="constant_with_warmup", warmup_ratio=0.5, lora_plus_ratio=4.0)
+    run._accumulate_gradients = lambda step: (1.0, 1, 0.0)
+    for step, expected in enumerate([1e-3 * min(1, number / 6) for number in range(1, 11)]):
+        assert run.train_step(step)["learning_rate"] == pytest.approx(expected)
+        assert [group["lr"] for group in run.optimizer.param_groups] == pytest.approx([expected, 4 * expected])
 
 
 def test_fp16_clips_the_true_gradient_not_the_scaled_one(trainer):

@@ -24,34 +24,37 @@ def test_noise_offset_shifts_each_channel_by_its_own_constant(make_plan):
     assert many.var().item() == pytest.approx(1 + 0.5**2, rel=0.05)
 
 
-def test_multires_noise_has_the_weight_of_each_resolution(make_plan):
-    """Mean over areas: fine noise averages out, coarse noise stays; its share follows from the discounts."""
-    size, iterations, discount = 64, 8, 0.8
-    noise = sample_noise((512, 4, size, size), seeded(), make_plan(multires_noise_iterations=iterations,
-                                                                  multires_noise_discount=discount))
-    deviations = noise.std(dim=(1, 2, 3))
-    assert torch.allclose(deviations, torch.ones_like(deviations), atol=1e-5)
-    coarse = noise.mean(dim=(2, 3)).var().item()
-    plain = sample_noise((512, 4, size, size), seeded(), make_plan()).mean(dim=(2, 3)).var().item()
-    weak = sample_noise((512, 4, size, size), seeded(), make_plan(multires_noise_iterations=iterations,
-                                                                  multires_noise_discount=0.1)).mean(dim=(2, 3)).var().item()
-    assert plain == pytest.approx(1 / size**2, rel=0.1)
-    assert coarse > 50 * weak > 50 * plain, (coarse, weak, plain)
-    fewer = sample_noise((512, 4, size, size), seeded(), make_plan(multires_noise_iterations=2, multires_noise_discount=0.8))
-    assert fewer.mean(dim=(2, 3)).var().item() < coarse / 5
+def spread(coarse: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Bilinear by its definition: value i of N stands at (i + 1/2) n / N - 1/2 among the n it is made of, held at the ends."""
+    for dim, large in ((-2, size[0]), (-1, size[1])):
+        small = coarse.shape[dim]
+        places = ((torch.arange(large) + 0.5) * small / large - 0.5).clamp(0, small - 1)
+        below, above = places.floor().long(), places.ceil().long()
+        share = (places - below).double().view((-1, 1) if dim == -2 else (-1,))
+        coarse = coarse.index_select(dim, below) * (1 - share) + coarse.index_select(dim, above) * share
+    return coarse
 
 
-def test_multires_noise_by_hand_for_one_coarse_level(make_plan):
-    """Two iterations on 4x4: the first is full-size noise again, the second is drawn at 1/r of the size and spread out."""
-    made = sample_noise((1, 1, 4, 4), seeded(7), make_plan(multires_noise_iterations=2, multires_noise_discount=0.5))
-    generator = seeded(7)
-    total = torch.randn(1, 1, 4, 4, generator=generator, dtype=torch.float32)
-    torch.rand((), generator=generator)
-    total = total + torch.randn(1, 1, 4, 4, generator=generator)
-    side = int(4 / (2 + 2 * torch.rand((), generator=generator).item()))
-    assert side == 1, "choose a seed whose second draw lands on one cell, which is a constant"
-    total = (total + 0.5 * torch.randn(1, 1, 1, 1, generator=generator)).double()
-    assert torch.allclose(made.double(), total / total.std(), atol=1e-6)
+@pytest.mark.parametrize("iterations", [2, 3, 64])
+@pytest.mark.parametrize(("height", "width"), [(24, 80), (80, 24)])
+def test_multires_noise_by_hand_for_many_levels(make_plan, iterations, height, width):
+    """sd-scripts' pyramid_noise_like, with one deviation a picture: it ends behind the first level that is one value wide."""
+    discount, seed = 0.7, 25
+    made = sample_noise(torch.Size((2, 4, height, width)), seeded(seed), make_plan(
+        multires_noise_iterations=iterations, multires_noise_discount=discount))
+    generator, sizes = seeded(seed), []
+    total = torch.randn(2, 4, height, width, generator=generator).double()
+    for i in range(iterations):
+        r = torch.rand((), generator=generator).item() * 2 + 2
+        sizes.append((max(1, int(height / r**i)), max(1, int(width / r**i))))
+        total += spread(torch.randn(2, 4, *sizes[-1], generator=generator).double(), (height, width)) * discount**i
+        if sizes[-1][0] == 1 or sizes[-1][1] == 1:
+            break
+    assert [min(size) for size in sizes] == [24, 10, 4, 2, 1][:iterations] and (len(sizes) < 5 or max(sizes[-1]) > 1), (
+        f"choose a seed with several levels, of which the last is a line and no point: {sizes}")
+    expected = torch.stack([picture / picture.std() for picture in total])
+    difference = (made.double() - expected).abs().max().item()
+    assert difference < 1e-5, difference
 
 
 def test_timesteps_stay_in_their_range_and_follow_their_distribution(make_plan):

@@ -93,6 +93,21 @@ def test_scheduler_follows_the_base(make_plan):
     assert make_scheduler(make_plan()).config.prediction_type == "epsilon"
 
 
+@pytest.mark.parametrize("vae_tiling", [False, True])
+def test_the_plans_vae_decodes_and_in_tiles_where_it_says_so(draw, other_vae, monkeypatch, vae_tiling):
+    """Against diffusers' VAE of that folder; the picture is larger than a tile, and tiles give something else."""
+    real, seen = sample.decode_all, []
+    monkeypatch.setattr(sample, "decode_all", lambda vae, latents: seen.extend(latents) or real(vae, latents))
+    drawn, = draw("a red cat --w 576 --h 64 --l 1 --s 1", vae=str(other_vae.folder), vae_tiling=vae_tiling)
+    differences = []
+    for vae in (other_vae.whole, other_vae.tiled):
+        with torch.no_grad():
+            pixels = vae.decode(seen[0] / 0.13025).sample[0].permute(1, 2, 0).numpy()
+        differences.append(np.abs(drawn - ((pixels / 2 + 0.5).clip(0, 1) * 255).round()).max())
+    assert differences[vae_tiling] <= 1, f"largest difference {differences[vae_tiling]} of 255"
+    assert differences[not vae_tiling] > 1, "whole and in tiles is all the same here, so nothing was compared"
+
+
 def test_pictures_are_decoded_on_the_processor_where_the_gpu_has_no_room(draw, monkeypatch):
     expected = draw("a red cat")
     real, calls = sample.decode, []

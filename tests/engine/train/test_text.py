@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from crumb.engine.model.text import encode_prompts
+from crumb.engine.train import loop
 from crumb.engine.train.judge import judge
 from crumb.profiles.sample_prompts import sample_prompts, texts_of
 
@@ -46,6 +47,37 @@ def test_they_stop_when_the_plan_says(trainer):
     stopped, unet = weights(run, "lora_te"), weights(run, "lora_unet")
     run.train_step(2)
     assert torch.equal(weights(run, "lora_te"), stopped) and not torch.equal(weights(run, "lora_unet"), unet)
+
+
+def test_their_layers_act_whole_once_they_have_stopped(trainer, monkeypatch):
+    """While they learn dropout acts in both; afterwards in the U-Net alone. The rates move next to nothing here."""
+    rates = {"learning_rate": 1e-9, "text_encoder_learning_rate": 1e-9, "text_encoder_2_learning_rate": 1e-9}
+    dropout = {"network_dropout": 0.3, "rank_dropout": 0.3, "module_dropout": 0.3}
+    run, seen = trainer(text_encoder_stop_after=0.1, **rates, **dropout), []
+    real = loop.forward_loss
+    monkeypatch.setattr(loop, "forward_loss", lambda unet, batch, *rest: seen.append(batch) or real(unet, batch, *rest))
+    losses = [run.train_step(step)["loss"] for step in (0, 1)]
+    off = []
+    for batch in seen:
+        whole, pooled = (tensor.detach() for tensor in encode_prompts(run.encoders, list(batch.prompts)))
+        off.append(max((batch.encoder_hidden_states - whole).abs().max().item(), (batch.pooled - pooled).abs().max().item()))
+    assert off[0] > 1e-2 and off[1] < 1e-5, f"off the whole layers' by {off[0]} while they learn, {off[1]} afterwards"
+    assert losses[1] != pytest.approx(trainer(**rates).train_step(1)["loss"], rel=1e-4), "the U-Net's must go on"
+
+
+def test_every_text_is_read_as_the_plan_says(trainer, monkeypatch):
+    """Captions while training and prompts of samples: another layer than SDXL's own, and two chunks of 75 tokens."""
+    words = ", ".join(f"word{number}" for number in range(40))
+    run, seen = trainer(clip_skip=3, max_token_length=150, caption_prefix=words, **BOTH), []
+    real = loop.forward_loss
+    monkeypatch.setattr(loop, "forward_loss", lambda unet, batch, *rest: seen.append(batch) or real(unet, batch, *rest))
+    run._accumulate_gradients(0)
+    (batch,), entry = seen, run.prompt_entries([words])[words]
+    for text, hidden in ((batch.prompts[0], batch.encoder_hidden_states[0]), (words, entry["encoder_hidden_states"])):
+        expected = encode_prompts(run.encoders, [text], clip_skip=3, max_token_length=150)[0][0]
+        assert hidden.shape == expected.shape == (2 * 77, 128)
+        difference = (hidden - expected).abs().max().item()
+        assert difference < 1e-5, f"{text[:20]}: off by {difference}"
 
 
 def test_samples_and_measurements_see_what_they_learned(trainer):
