@@ -26,6 +26,8 @@ class Launch:
 
 
 CONFIGS: dict[str, dict[int, Launch]] = {
+    "geglu": {75: Launch({"BLOCK": 512}, num_warps=2)},
+    "geglu int8": {75: Launch({"BLOCK": 512}, num_warps=2)},
 }
 """By kernel, then by the first architecture (75, 80, 86, 89, 90, 120) that an entry is for."""
 
