@@ -28,6 +28,7 @@ class Launch:
 CONFIGS: dict[str, dict[int, Launch]] = {
     "geglu": {75: Launch({"BLOCK": 512}, num_warps=2)},
     "geglu int8": {75: Launch({"BLOCK": 512}, num_warps=2)},
+    "layer_norm": {75: Launch({"TILE": 4096}, num_warps=4)},
 }
 """By kernel, then by the first architecture (75, 80, 86, 89, 90, 120) that an entry is for."""
 

@@ -22,6 +22,25 @@ def geglu_cases(dtype: str) -> list[Case]:
     ]
 
 
+def layer_norm_cases(dtype: str, width: int) -> list[Case]:
+    """4096 rows of 640 or 1024 of 1280."""
+    from crumb.kernels.launch import launch_for
+    from crumb.kernels.layer_norm import tile_of
+
+    half, tile = f"*{dtype}", tile_of(width, launch_for("layer_norm", (7, 5)))
+    affine, statistics = {"weight": half, "bias": half}, {"mean": "*fp32", "rstd": "*fp32"}
+    sizes, aligned = {"num_rows": "i32", "width": "i32"}, ("num_rows", "width")
+    forward = {"x": half, "y": half, **statistics, **affine, **sizes, "eps": "fp32"}
+    backward = {"dy": half, "x": half, "dx": half, **statistics, "weight": half, **sizes}
+    return [
+        Case("layer_norm.forward_kernel", "layer_norm", forward, {"KNOWN": False, **tile}, aligned),
+        Case("layer_norm.forward_kernel", "layer_norm", forward, {"KNOWN": True, **tile}, aligned),
+        Case("layer_norm.backward_kernel", "layer_norm", backward, {"add": None, **tile}, aligned),
+        Case("layer_norm.backward_kernel", "layer_norm", {**backward, "add": half}, tile, aligned),
+    ]
+
+
 CASES: list[Case] = [
     *(case for dtype in HALVES for case in geglu_cases(dtype)),
+    *(case for dtype in HALVES for width in (640, 1280) for case in layer_norm_cases(dtype, width)),
 ]
