@@ -40,7 +40,45 @@ def layer_norm_cases(dtype: str, width: int) -> list[Case]:
     ]
 
 
+def group_norm_silu_cases(dtype: str, memory_format: str) -> list[Case]:
+    """320 to 2560 channels in 32 groups; 1024, 4096 or 16384 positions."""
+    half, fp32 = f"*{dtype}", "*fp32"
+    one = "stride_channel" if memory_format == "channels_last" else "stride_position"
+    strides = [name for name in ("stride_channel", "stride_position") if name != one]
+    shape = dict.fromkeys(["num_channels", "num_positions", *strides], "i32")
+    aligned = (*shape, "num_groups")
+    groups = {"mean": fp32, "rstd": fp32, "weight": half, "bias": half, "num_groups": "i32", **shape}
+    sums, apply = f"group_norm_silu sums {memory_format}", f"group_norm_silu apply {memory_format}"
+    silu, tile_sums = {one: 1, "ACTIVATION": True}, {"means": fp32, "squares": fp32}
+    return [
+        Case("group_norm_silu.statistics_kernel", sums, {"x": half, **tile_sums, **shape}, {one: 1}, aligned),
+        *(Case("group_norm_silu.forward_kernel", apply, {"x": half, "y": half, **groups}, silu | {"ACTIVATION": activation},
+               aligned) for activation in (True, False)),
+        Case("group_norm_silu.gradient_sums_kernel", sums,
+             {"dy": half, "x": half, "sums": fp32, "product_sums": fp32, **groups}, silu, aligned),
+        Case("group_norm_silu.backward_kernel", apply,
+             {"dy": half, "x": half, "dx": half, "mean_gradient": fp32, "mean_product": fp32, **groups}, silu, aligned),
+    ]
+
+
+def group_norm_silu_merge_cases() -> list[Case]:
+    counts = ("num_tiles", "num_channels", "num_groups", "num_positions")
+    sizes, aligned = dict.fromkeys(counts, "i32"), counts[1:]
+    groups = {"mean": "*fp32", "rstd": "*fp32"}
+    return [
+        Case("group_norm_silu.merge_statistics_kernel", "group_norm_silu merge",
+             {"means": "*fp32", "squares": "*fp32", **groups, **sizes, "tile_size": "i32", "eps": "fp32"},
+             multiples_of_16=(*aligned, "tile_size")),
+        Case("group_norm_silu.merge_sums_kernel", "group_norm_silu merge",
+             {"sums": "*fp32", "product_sums": "*fp32", "mean_gradient": "*fp32", "mean_product": "*fp32", **sizes},
+             multiples_of_16=aligned),
+    ]
+
+
 CASES: list[Case] = [
     *(case for dtype in HALVES for case in geglu_cases(dtype)),
     *(case for dtype in HALVES for width in (640, 1280) for case in layer_norm_cases(dtype, width)),
+    *(case for dtype in HALVES for memory_format in ("channels_last", "contiguous")
+      for case in group_norm_silu_cases(dtype, memory_format)),
+    *group_norm_silu_merge_cases(),
 ]
