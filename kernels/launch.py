@@ -26,6 +26,14 @@ class Launch:
 
 
 CONFIGS: dict[str, dict[int, Launch]] = {
+    "geglu": {75: Launch({"BLOCK": 512}, num_warps=2)},
+    "geglu int8": {75: Launch({"BLOCK": 512}, num_warps=2)},
+    "layer_norm": {75: Launch({"TILE": 4096}, num_warps=4)},
+    "group_norm_silu sums channels_last": {75: Launch({"BLOCK_C": 64, "BLOCK_P": 128}, num_warps=8)},
+    "group_norm_silu sums contiguous": {75: Launch({"BLOCK_C": 16, "BLOCK_P": 256}, num_warps=4)},
+    "group_norm_silu merge": {75: Launch({"BLOCK": 1024}, num_warps=4)},
+    "group_norm_silu apply channels_last": {75: Launch({"BLOCK_C": 64, "BLOCK_P": 64}, num_warps=8)},
+    "group_norm_silu apply contiguous": {75: Launch({"BLOCK_C": 8, "BLOCK_P": 256}, num_warps=4)},
 }
 """By kernel, then by the first architecture (75, 80, 86, 89, 90, 120) that an entry is for."""
 

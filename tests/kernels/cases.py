@@ -2,5 +2,83 @@
 
 from compiling import Case
 
+HALVES = ("fp16", "bf16")
+
+
+def geglu_cases(dtype: str) -> list[Case]:
+    """d is 2560 or 5120."""
+    half, d = f"*{dtype}", ("d",)
+    kept = {"codes": "*i8", "scales": "*fp16"}
+    sizes, scale_block = {"d": "i32", "num_blocks": "i32"}, {"SCALE_BLOCK": 64}
+    return [
+        Case("geglu.forward_kernel", "geglu", {"projected": half, "h": half, "d": "i32"}, multiples_of_16=d),
+        Case("geglu.backward_kernel", "geglu",
+             {"dh": half, "projected": half, "d_projected": half, "h": half, "d": "i32"}, multiples_of_16=d),
+        Case("geglu.forward_int8_kernel", "geglu int8",
+             {"projected": half, "h": half, **kept, **sizes, "lowest_gate": "fp32", "largest_scale": "fp32"},
+             scale_block, multiples_of_16=d),
+        Case("geglu.backward_int8_kernel", "geglu int8", {"dh": half, **kept, "d_projected": half, "h": half, **sizes},
+             scale_block, multiples_of_16=d),
+    ]
+
+
+def layer_norm_cases(dtype: str, width: int) -> list[Case]:
+    """4096 rows of 640 or 1024 of 1280."""
+    from crumb.kernels.launch import launch_for
+    from crumb.kernels.layer_norm import tile_of
+
+    half, tile = f"*{dtype}", tile_of(width, launch_for("layer_norm", (7, 5)))
+    affine, statistics = {"weight": half, "bias": half}, {"mean": "*fp32", "rstd": "*fp32"}
+    sizes, aligned = {"num_rows": "i32", "width": "i32"}, ("num_rows", "width")
+    forward = {"x": half, "y": half, **statistics, **affine, **sizes, "eps": "fp32"}
+    backward = {"dy": half, "x": half, "dx": half, **statistics, "weight": half, **sizes}
+    return [
+        Case("layer_norm.forward_kernel", "layer_norm", forward, {"KNOWN": False, **tile}, aligned),
+        Case("layer_norm.forward_kernel", "layer_norm", forward, {"KNOWN": True, **tile}, aligned),
+        Case("layer_norm.backward_kernel", "layer_norm", backward, {"add": None, **tile}, aligned),
+        Case("layer_norm.backward_kernel", "layer_norm", {**backward, "add": half}, tile, aligned),
+    ]
+
+
+def group_norm_silu_cases(dtype: str, memory_format: str) -> list[Case]:
+    """320 to 2560 channels in 32 groups; 1024, 4096 or 16384 positions."""
+    half, fp32 = f"*{dtype}", "*fp32"
+    one = "stride_channel" if memory_format == "channels_last" else "stride_position"
+    strides = [name for name in ("stride_channel", "stride_position") if name != one]
+    shape = dict.fromkeys(["num_channels", "num_positions", *strides], "i32")
+    aligned = (*shape, "num_groups")
+    groups = {"mean": fp32, "rstd": fp32, "weight": half, "bias": half, "num_groups": "i32", **shape}
+    sums, apply = f"group_norm_silu sums {memory_format}", f"group_norm_silu apply {memory_format}"
+    silu, tile_sums = {one: 1, "ACTIVATION": True}, {"means": fp32, "squares": fp32}
+    return [
+        Case("group_norm_silu.statistics_kernel", sums, {"x": half, **tile_sums, **shape}, {one: 1}, aligned),
+        *(Case("group_norm_silu.forward_kernel", apply, {"x": half, "y": half, **groups}, silu | {"ACTIVATION": activation},
+               aligned) for activation in (True, False)),
+        Case("group_norm_silu.gradient_sums_kernel", sums,
+             {"dy": half, "x": half, "sums": fp32, "product_sums": fp32, **groups}, silu, aligned),
+        Case("group_norm_silu.backward_kernel", apply,
+             {"dy": half, "x": half, "dx": half, "mean_gradient": fp32, "mean_product": fp32, **groups}, silu, aligned),
+    ]
+
+
+def group_norm_silu_merge_cases() -> list[Case]:
+    counts = ("num_tiles", "num_channels", "num_groups", "num_positions")
+    sizes, aligned = dict.fromkeys(counts, "i32"), counts[1:]
+    groups = {"mean": "*fp32", "rstd": "*fp32"}
+    return [
+        Case("group_norm_silu.merge_statistics_kernel", "group_norm_silu merge",
+             {"means": "*fp32", "squares": "*fp32", **groups, **sizes, "tile_size": "i32", "eps": "fp32"},
+             multiples_of_16=(*aligned, "tile_size")),
+        Case("group_norm_silu.merge_sums_kernel", "group_norm_silu merge",
+             {"sums": "*fp32", "product_sums": "*fp32", "mean_gradient": "*fp32", "mean_product": "*fp32", **sizes},
+             multiples_of_16=aligned),
+    ]
+
+
 CASES: list[Case] = [
+    *(case for dtype in HALVES for case in geglu_cases(dtype)),
+    *(case for dtype in HALVES for width in (640, 1280) for case in layer_norm_cases(dtype, width)),
+    *(case for dtype in HALVES for memory_format in ("channels_last", "contiguous")
+      for case in group_norm_silu_cases(dtype, memory_format)),
+    *group_norm_silu_merge_cases(),
 ]
