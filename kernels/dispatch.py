@@ -34,6 +34,7 @@ OPERATIONS = {
     "layer_norm": Operation(),
     "group_norm_silu": Operation(),
     "lora_linear_int8": Operation(AMPERE, (torch.float16, torch.bfloat16)),
+    "int8_transpose": Operation(AMPERE, (torch.int8,)),
     "lora_linear_nf4": Operation(),
     "adamw_8bit": Operation(dtypes=(torch.float32,)),
     "prodigy_8bit": Operation(dtypes=(torch.float32,)),

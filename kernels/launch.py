@@ -34,6 +34,14 @@ CONFIGS: dict[str, dict[int, Launch]] = {
     "group_norm_silu merge": {75: Launch({"BLOCK": 1024}, num_warps=4)},
     "group_norm_silu apply channels_last": {75: Launch({"BLOCK_C": 64, "BLOCK_P": 64}, num_warps=8)},
     "group_norm_silu apply contiguous": {75: Launch({"BLOCK_C": 8, "BLOCK_P": 256}, num_warps=4)},
+    "int8_quantise": {80: Launch({"BLOCK_M": 16}, 4, 3)},
+    "int8_quantise_high_rank": {80: Launch({"BLOCK_M": 32}, 8, 2)},
+    "int8_multiply": {80: Launch({"BLOCK_M": 128, "BLOCK_N": 128, "BAND": 8}, 8, 3),
+                      90: Launch({"BLOCK_M": 128, "BLOCK_N": 128, "BAND": 8}, 8, 4),
+                      120: Launch({"BLOCK_M": 128, "BLOCK_N": 128, "BAND": 8}, 8, 3)},
+    "int8_multiply_small": {80: Launch({"BLOCK_M": 64, "BLOCK_N": 64, "BAND": 8}, 4, 3)},
+    "int8_transpose": {80: Launch({"BLOCK": 64}, 4)},
+    "nf4_dequantise": {75: Launch({"BLOCK": 1024}, 4)},
 }
 """By kernel, then by the first architecture (75, 80, 86, 89, 90, 120) that an entry is for."""
 
@@ -47,3 +55,9 @@ def launch_for(kernel: str, capability: tuple[int, int]) -> Launch:
 @lru_cache(None)
 def launch_on(kernel: str, device: torch.device) -> Launch:
     return launch_for(kernel, capability_of(device))
+
+
+@lru_cache(None)
+def num_processors(device: torch.device) -> int:
+    """How many blocks a GPU works on at once, at least; 1 under the interpreter."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

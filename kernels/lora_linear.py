@@ -1,6 +1,6 @@
 """A frozen linear layer with a LoRA beside it, as one autograd node.
 
-    s = x Aᵀ                      x (..., K), A (R, K)
+    s = x Aᵀ                      x (M, K), A (R, K)
     y = x Wᵀ + b + c · s Bᵀ       W (N, K), b (N,), B (N, R), c = alpha / rank
 
 Gradients, cheap products first (rank R is small):
@@ -12,16 +12,26 @@ Gradients, cheap products first (rank R is small):
 
 Only x and s are kept for backward, once, in x's dtype; W needs no gradient. A and B may be fp32
 masters while x is 16-bit: they are cast on use, and their gradients come back in their own dtype.
+
+`forward` and `backward` work on rows, a contiguous (M, K) matrix, outside autograd. lora_linear_int8.py and
+lora_linear_nf4.py have the same two for their own kind of weight, so that whatever is built of linear layers can be
+built of any of the three. A layer without a LoRA has None for A and B, and keeps nothing.
 """
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+Needs = tuple[bool, bool, bool]
+"""Whose gradients are wanted: those of x, A and B."""
+
 
 def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
     """y as above, in x's dtype. x may have any number of leading dimensions; weight and bias are frozen."""
-    return _LoRALinear.apply(x, weight, bias, lora_A, lora_B, scaling)
+    return LoRALinearFunction.apply(x, weight, bias, lora_A, lora_B, scaling, PRODUCTS)
 
 
 def lora_linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor,
@@ -31,29 +41,91 @@ def lora_linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None, lora_A
     return base + scaling * (x @ lora_A.to(x.dtype).T @ lora_B.to(x.dtype).T)
 
 
-class _LoRALinear(torch.autograd.Function):
+def forward(rows: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor | None, lora_B: Tensor | None,
+            scaling: float) -> tuple[Tensor, Tensor | None]:
+    """y (M, N), and s = x Aᵀ (M, R) for backward."""
+    y = rows @ weight.T if bias is None else torch.addmm(bias, rows, weight.T)
+    if lora_A is None:
+        return y, None
+    down = rows @ lora_A.to(rows.dtype).T
+    return y.addmm_(down, lora_B.to(rows.dtype).T, alpha=scaling), down
+
+
+def backward(dy: Tensor, rows: Tensor | None, down: Tensor | None, weight: Tensor, lora_A: Tensor | None,
+             lora_B: Tensor | None, scaling: float, needs: Needs) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dX, dA and dB, as far as they are needed; `rows` is only read for dA and `down` only for dB."""
+    d_down = down_gradient(dy, lora_B, scaling) if lora_A is not None and (needs[0] or needs[1]) else None
+    dx = None
+    if needs[0]:
+        dx = dy @ weight
+        if d_down is not None:
+            dx.addmm_(d_down, lora_A.to(dy.dtype))
+    return dx, *factor_gradients(dy, rows, down, d_down, lora_A, lora_B, scaling, needs)
+
+
+def down_gradient(dy: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    """dS."""
+    return (dy @ lora_B.to(dy.dtype)).mul_(scaling)
+
+
+def factor_gradients(dy: Tensor, rows: Tensor | None, down: Tensor | None, d_down: Tensor | None, lora_A: Tensor | None,
+                     lora_B: Tensor | None, scaling: float, needs: Needs) -> tuple[Tensor | None, Tensor | None]:
+    """dA and dB in the factors' own dtypes."""
+    d_lora_A = (d_down.T @ rows).to(lora_A.dtype) if needs[1] else None
+    d_lora_B = (dy.T @ down).mul_(scaling).to(lora_B.dtype) if needs[2] else None
+    return d_lora_A, d_lora_B
+
+
+@dataclass(frozen=True)
+class Products:
+    """What one kind of weight brings to the autograd nodes below."""
+
+    forward: Callable
+    backward: Callable
+
+
+PRODUCTS = Products(forward, backward)
+
+
+class LoRALinearFunction(torch.autograd.Function):
+    """The node of all three kinds of weight. The weight is kept by reference: it is frozen, and may be moved meanwhile."""
+
     @staticmethod
-    def forward(ctx, x, weight, bias, lora_A, lora_B, scaling):
-        rows = x.reshape(-1, x.shape[-1])
-        down = rows @ lora_A.to(x.dtype).T
-        y = rows @ weight.T if bias is None else torch.addmm(bias, rows, weight.T)
-        y.addmm_(down, lora_B.to(x.dtype).T, alpha=scaling)
-        ctx.save_for_backward(x, weight, lora_A, lora_B, down)
-        ctx.scaling = scaling
-        return y.view(*x.shape[:-1], weight.shape[0])
+    def forward(ctx, x, weight, bias, lora_A, lora_B, scaling, products):
+        rows = as_rows(x)
+        y, down = products.forward(rows, weight, bias, lora_A, lora_B, scaling)
+        _, _, _, needs_A, needs_B, *_ = ctx.needs_input_grad
+        ctx.save_for_backward(rows if needs_A else None, down if needs_B else None, lora_A, lora_B)
+        ctx.weight, ctx.scaling, ctx.products, ctx.shape = weight, scaling, products, x.shape
+        return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        x, weight, lora_A, lora_B, down = ctx.saved_tensors
-        needs_x, _, _, needs_A, needs_B, _ = ctx.needs_input_grad
-        rows, dy_rows = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
-        d_down = (dy_rows @ lora_B.to(dy.dtype)).mul_(ctx.scaling)
-        dx = d_lora_A = d_lora_B = None
-        if needs_x:
-            dx = (dy_rows @ weight).addmm_(d_down, lora_A.to(dy.dtype)).view_as(x)
-        if needs_A:
-            d_lora_A = (d_down.T @ rows).to(lora_A.dtype)
-        if needs_B:
-            d_lora_B = (dy_rows.T @ down).mul_(ctx.scaling).to(lora_B.dtype)
-        return dx, None, None, d_lora_A, d_lora_B, None
+        needs_x, _, _, needs_A, needs_B, *_ = ctx.needs_input_grad
+        rows, down, lora_A, lora_B = ctx.saved_tensors
+        dx, d_lora_A, d_lora_B = ctx.products.backward(as_rows(dy), rows, down, ctx.weight, lora_A, lora_B, ctx.scaling,
+                                                       (needs_x, needs_A, needs_B))
+        return dx if dx is None else dx.view(ctx.shape), None, None, d_lora_A, d_lora_B, None, None
+
+
+class FrozenLinearFunction(torch.autograd.Function):
+    """A layer without a LoRA: dX needs the weight alone, so nothing is saved."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, products):
+        ctx.weight, ctx.products, ctx.shape = weight, products, x.shape
+        y, _ = products.forward(as_rows(x), weight, bias, None, None, 0.0)
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        if not ctx.needs_input_grad[0]:
+            return None, None, None, None
+        dx, _, _ = ctx.products.backward(as_rows(dy), None, None, ctx.weight, None, None, 0.0, (True, False, False))
+        return dx.view(ctx.shape), None, None, None
+
+
+def as_rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1]).contiguous()

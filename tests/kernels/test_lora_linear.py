@@ -6,6 +6,7 @@ from peft.tuners.lora import LoraConfig
 from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import nn
 
+from crumb.kernels import lora_linear as products
 from crumb.kernels.lora_linear import lora_linear, lora_linear_reference
 
 
@@ -69,3 +70,27 @@ def test_keeps_x_once_and_nothing_of_the_output_size():
         lora_linear(x, weight, bias, lora_A, lora_B, 1.0)
     held = sum(t.numel() for t in saved if t.data_ptr() not in {weight.data_ptr(), lora_A.data_ptr(), lora_B.data_ptr()})
     assert held == 100 * 64 + 100 * 4
+
+
+@pytest.mark.parametrize("needs", [(True, False, False), (False, True, False), (False, False, True), (True, True, True)])
+def test_backward_gives_what_is_needed(needs):
+    x, weight, _, lora_A, lora_B = (t.detach() for t in make((9,), 48, 40, 4, torch.float64))
+    y, down = products.forward(x, weight, None, lora_A, lora_B, 0.5)
+    leaves = [t.clone().requires_grad_() for t in (x, lora_A, lora_B)]
+    expected = torch.autograd.grad(lora_linear_reference(leaves[0], weight, None, *leaves[1:], 0.5).sum(), leaves)
+    found = products.backward(torch.ones_like(y), x if needs[1] else None, down if needs[2] else None, weight, lora_A,
+                              lora_B, 0.5, needs)
+    for wanted, ours, right in zip(needs, found, expected):
+        assert (ours is None) != wanted
+        if wanted:
+            torch.testing.assert_close(ours, right)
+
+
+def test_forward_and_backward_without_a_lora():
+    x, weight, bias, *_ = (t.detach() for t in make((9,), 48, 40, 4, torch.float64))
+    y, down = products.forward(x, weight, bias, None, None, 0.0)
+    torch.testing.assert_close(y, nn.functional.linear(x, weight, bias))
+    assert down is None
+    dx, d_lora_A, d_lora_B = products.backward(y, None, None, weight, None, None, 0.0, (True, False, False))
+    torch.testing.assert_close(dx, y @ weight)
+    assert d_lora_A is None and d_lora_B is None
