@@ -26,6 +26,10 @@ class Launch:
 
 
 CONFIGS: dict[str, dict[int, Launch]] = {
+    # Two blocks of 256 for 128 threads: four neighbours a thread, which is one load of 16 bytes and no change of layout.
+    "adamw_8bit": {75: Launch({"BLOCKS": 2})},
+    "prodigy_8bit_moments": {75: Launch({"BLOCKS": 2})},
+    "prodigy_8bit_apply": {75: Launch({"BLOCKS": 2})},
 }
 """By kernel, then by the first architecture (75, 80, 86, 89, 90, 120) that an entry is for."""
 
