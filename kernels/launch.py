@@ -42,6 +42,10 @@ CONFIGS: dict[str, dict[int, Launch]] = {
     "int8_multiply_small": {80: Launch({"BLOCK_M": 64, "BLOCK_N": 64, "BAND": 8}, 4, 3)},
     "int8_transpose": {80: Launch({"BLOCK": 64}, 4)},
     "nf4_dequantise": {75: Launch({"BLOCK": 1024}, 4)},
+    # Two blocks of 256 for 128 threads: four neighbours a thread, which is one load of 16 bytes and no change of layout.
+    "adamw_8bit": {75: Launch({"BLOCKS": 2})},
+    "prodigy_8bit_moments": {75: Launch({"BLOCKS": 2})},
+    "prodigy_8bit_apply": {75: Launch({"BLOCKS": 2})},
 }
 """By kernel, then by the first architecture (75, 80, 86, 89, 90, 120) that an entry is for."""
 

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 ARCHITECTURES = (75, 80, 86, 89, 90, 120)
-POINTERS = ("*fp16", "*bf16", "*fp32", "*i8", "*u8", "*i32", "*i64", "*u16")
+POINTERS = ("*fp16", "*bf16", "*fp32", "*i8", "*u8", "*i16", "*i32", "*i64", "*u16")
 
 
 @dataclass(frozen=True)
