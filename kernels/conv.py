@@ -30,19 +30,19 @@ class _FrozenConv2d(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, stride, padding):
         ctx.weight, ctx.stride, ctx.padding, ctx.shape = weight, stride, padding, x.shape
-        return F.conv2d(x, _dense(weight, x), bias, stride, padding)
+        return F.conv2d(x, dense(weight, x), bias, stride, padding)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = conv2d_input(ctx.shape, _dense(ctx.weight, dy), dy, ctx.stride, ctx.padding)
+            dx = conv2d_input(ctx.shape, dense(ctx.weight, dy), dy, ctx.stride, ctx.padding)
         return dx, None, None, None, None
 
 
-def _dense(weight: Tensor | Int8Weight, like: Tensor) -> Tensor:
-    """In the memory format of `like`: backward shows cuDNN no x to take it from."""
+def dense(weight: Tensor | Int8Weight, like: Tensor) -> Tensor:
+    """The weight in like's dtype and memory format: backward shows cuDNN no x to take it from."""
     dense = weight if isinstance(weight, Tensor) else weight.dequantised(like.dtype)
     channels_last = like.is_contiguous(memory_format=torch.channels_last) and not like.is_contiguous()
     return dense.contiguous(memory_format=torch.channels_last) if channels_last else dense

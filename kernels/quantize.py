@@ -61,6 +61,10 @@ class Int8Weight:
         return self.values.shape
 
     @property
+    def device(self) -> torch.device:
+        return self.values.device
+
+    @property
     def num_bytes(self) -> int:
         return self.values.nbytes + self.scales.nbytes
 
@@ -89,6 +93,10 @@ class NF4Weight:
         flat = weight.reshape(-1)
         pieces = [_nf4(piece) for piece in flat.split(PIECE)]  # a whole number of groups each, save the last
         return cls(*(torch.cat(part) for part in zip(*pieces)), weight.shape)
+
+    @property
+    def device(self) -> torch.device:
+        return self.codes.device
 
     @property
     def num_bytes(self) -> int:

@@ -13,6 +13,7 @@ from crumb.profiles.data_rules import class_word_for, derive_data, derive_held_o
 from crumb.profiles.dataset import Scan
 from crumb.profiles.derivation import Derivation, Derived
 from crumb.profiles.hardware import Gpu
+from crumb.profiles.memory_rules import FULL_MODEL_PARAMETERS, derive_memory, text_encoders_learn, warn_of_memory
 from crumb.profiles.optimizers import ADAPTIVE_OPTIMIZERS
 from crumb.profiles.plan_rules import BLOCK_BOUNDS
 from crumb.profiles.vram import estimate_vram_gib
@@ -22,12 +23,10 @@ COUNT_RANGE = {"character": (10, 50), "face": (10, 50), "style": (100, 4000), "c
 
 LARGE_SET = 100
 """Pictures from which on the guide speaks of a large set (RANK-RAISE)."""
-FULL_MODEL_PARAMETERS = 1_000_000_000
 MIN_FITTED_RANK = 8
 CAPTION_VARIANTS = 8
 FULL_TEXT_VALUES = 77 * 2048 + 1280
 """Numbers in one prompt's conditioning of a full-size SDXL."""
-SMALL_BASE_BATCH = 4
 SMALL_BASE_RATE = 1e-3
 
 
@@ -45,7 +44,7 @@ def derive(answers: Answers, whole_scan: Scan, base: BaseModel, gpu: Gpu) -> Der
     _derive_optimizer(result, base, gpu)
     _derive_network(result, answers, scan, base, gpu)
     _derive_noise(result, scan)
-    _derive_memory(result, base, gpu)
+    derive_memory(result, base, gpu)
     _derive_captions(result, answers, scan, base)
     derive_data(result, answers, len(whole_scan.pictures) - len(scan.pictures))
     derive_held_out(result, scan)
@@ -70,43 +69,6 @@ def _derive_precision(result: Derivation, gpu: Gpu) -> None:
     result.put("save_precision", "fp16", "PREC-SAVE", "the guide's default; every program reads it, half the size of float")
 
 
-def _derive_memory(result: Derivation, base: BaseModel, gpu: Gpu) -> None:
-    result.put("vram_gib", gpu.vram_gib, "", f"{gpu.name}, {gpu.vram_gib:g} GiB" if gpu.vram_gib else "no GPU")
-    result.put("device", "cuda" if gpu.vram_gib else "cpu", "", gpu.name)
-    result.put("cache_latents", True, "COMMON", "each picture is encoded once; the VAE then leaves memory")
-    full = base.num_unet_parameters > FULL_MODEL_PARAMETERS
-    result.put("vae_tiling", full and gpu.vram_gib < 12, "COMMON", "below 12 GiB the VAE works in tiles of 512 pixels"
-               if full and gpu.vram_gib < 12 else "the VAE takes whole pictures")
-    kept_gib = _needed_gib(result, base, 1, recompute=False)
-    if not full:
-        result.put("gradient_checkpointing", False, "COMMON", "this base is small: its activations fit as they are")
-    elif gpu.vram_gib < kept_gib:
-        result.put("gradient_checkpointing", True, "COMMON",
-                   f"keeping all activations would need about {kept_gib:.0f} GiB, so they are computed twice")
-    else:
-        result.put("gradient_checkpointing", False, "COMMON",
-                   f"all activations fit (about {kept_gib:.0f} GiB in all): nothing is computed twice")
-    batch_size = 1 if full else SMALL_BASE_BATCH
-    if full and gpu.vram_gib >= 16:
-        recompute = result.value("gradient_checkpointing")
-        batch_size = max(size for size in (1, 2, 4)
-                         if size == 1 or _needed_gib(result, base, size, recompute) <= gpu.vram_gib)
-    needed_gib = _needed_gib(result, base, batch_size, result.value("gradient_checkpointing"))
-    result.put("batch_size", batch_size, "COMMON",
-               "this base is small: four at a time learn the same in a quarter of the steps" if not full
-               else f"about {needed_gib:.1f} GiB in all" if gpu.vram_gib else "one picture at a time")
-
-
-def _needed_gib(result: Derivation, base: BaseModel, batch_size: int, recompute: bool) -> float:
-    return estimate_vram_gib(base.num_unet_parameters, result.value("resolution"), batch_size, recompute,
-                             result.value("optimizer"), result.value("targets"), result.value("rank"),
-                             result.value("conv_rank"), _text_encoders_learn(result))
-
-
-def _text_encoders_learn(result: Derivation) -> bool:
-    return max(result.overrides.get(name, 0) for name in ("text_encoder_learning_rate", "text_encoder_2_learning_rate")) > 0
-
-
 def _derive_network(result: Derivation, answers: Answers, scan: Scan, base: BaseModel, gpu: Gpu) -> None:
     result.put("method", "lora", "METHOD", "a small file that works with any model of the same family")
     rank = {"character": 32, "face": 32, "concept": 32, "style": 64}[answers.subject]
@@ -119,10 +81,14 @@ def _derive_network(result: Derivation, answers: Answers, scan: Scan, base: Base
         reasons.append(f"doubled for {len(scan.pictures)} pictures ({LARGE_SET} or more)")
     targets, conv_rank = result.overrides.get("targets", "attention+ff"), result.overrides.get("conv_rank", 0)
     if base.num_unet_parameters > FULL_MODEL_PARAMETERS and gpu.vram_gib:
-        wanted = rank
-        while rank > MIN_FITTED_RANK and gpu.vram_gib < estimate_vram_gib(
+        def fits(rank: int, quantize_base: str) -> bool:
+            return gpu.vram_gib >= estimate_vram_gib(
                 base.num_unet_parameters, result.value("resolution"), 1, True, result.value("optimizer"), targets, rank,
-                conv_rank, _text_encoders_learn(result)):
+                conv_rank, text_encoders_learn(result), result.overrides.get("quantize_base", quantize_base))
+
+        # A base that fits as it is stays so, if with a lower rank; smaller cards get a smaller base.
+        wanted, smallest = rank, "no" if fits(MIN_FITTED_RANK, "no") else "nf4"
+        while rank > MIN_FITTED_RANK and not fits(rank, smallest):
             rank //= 2
         if rank < wanted:
             reasons.append(f"lowered to {rank} to fit {gpu.vram_gib:g} GiB")
@@ -215,7 +181,7 @@ def _derive_variants(result: Derivation, answers: Answers, scan: Scan, base: Bas
     if not (result.overrides.get("shuffle_captions") or result.overrides.get("tag_dropout", 0) > 0):
         return
     kept = result.values["caption_variants"]
-    if _text_encoders_learn(result):
+    if text_encoders_learn(result):
         reason = "not used: the text encoders learn, so every text is encoded anew"
     else:
         value_bytes = 2 if result.value("mixed_precision") == "bf16" else 4
@@ -253,10 +219,7 @@ def _warn(result: Derivation, answers: Answers, scan: Scan, base: BaseModel, gpu
     _warn_of_optimizer(result, result.value("optimizer"))
     _warn_of_noise(result)
     _warn_of_blocks(result)
-    needed_gib = _needed_gib(result, base, result.value("batch_size"), result.value("gradient_checkpointing"))
-    if base.num_unet_parameters > FULL_MODEL_PARAMETERS and 0 < gpu.vram_gib < needed_gib:
-        result.warn("COMMON", f"This run needs about {needed_gib:.1f} GiB of VRAM (base in 16 bits) and the card has "
-                              f"{gpu.vram_gib:g} GiB: it will most likely stop with an out-of-memory error.")
+    warn_of_memory(result, base, gpu)
     if gpu.vram_gib == 0 and base.num_unet_parameters > FULL_MODEL_PARAMETERS:
         result.warn("COMMON", "There is no GPU here. A full-size SDXL takes minutes per step on a processor.")
     if gpu.note:

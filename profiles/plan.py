@@ -149,6 +149,10 @@ class Plan:
 
     cache_latents: bool = _setting("memory", "Encode each picture once and keep the result on disk", True,
                                    choices=(True,))
+    quantize_base: str = _setting("memory", "Keep the frozen base in int8 (half the memory) or nf4 (a third); the LoRA "
+                                  "fits any base", "no", choices=("no", "int8", "nf4"))
+    int8_activations: bool = _setting("memory", "Keep the largest activations in int8 until backward: less VRAM, gradients a "
+                                      "percent off", False)
     vae_tiling: bool = _setting("memory", "Run the VAE in tiles: less VRAM, a little slower", False)
     vram_gib: float = _setting("memory", "GPU memory this plan was made for, GiB; 0 = no GPU", 0.0, low=0, high=1024)
 

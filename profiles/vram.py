@@ -6,10 +6,14 @@ crumb's LoRA layers at 1024x1024 and batch 1 in 16 bits with flash attention. Th
 
 from crumb.profiles.hardware import GIB
 
-KEPT_ACTIVATIONS_GIB = 6.3
+KEPT_ACTIVATIONS_GIB = 3.8
+KEPT_IN_INT8_GIB = 3.1
 RECOMPUTED_ACTIVATIONS_GIB = 0.65
 RESERVE_GIB = 1.2
 """CUDA context, workspaces, transients and what the desktop takes."""
+
+BYTES_PER_WEIGHT = {"no": 2.0, "int8": 1.02, "nf4": 0.6}
+"""Of the U-Net. nf4 has convolutions in int8; norms, embeddings and the ends stay in 16 bits."""
 
 TEXT_ENCODERS_GIB = 1.7
 """Both text encoders in 16 bits (817,720,320 weights) and what they keep of 77 tokens, where they learn."""
@@ -23,10 +27,11 @@ STATE_BYTES = {"AdamW8bit": 2, "AdamW": 8, "Prodigy": 14, "DAdaptAdam": 12, "Ada
 
 
 def estimate_vram_gib(num_unet_parameters: int, resolution: int, batch_size: int, recompute: bool, optimizer: str,
-                      targets: str, rank: int, conv_rank: int, text_encoders_learn: bool = False) -> float:
-    """Peak GPU memory of training a full-size SDXL with its base in 16 bits."""
-    weights = num_unet_parameters * 2 / GIB
-    per_picture = RECOMPUTED_ACTIVATIONS_GIB if recompute else KEPT_ACTIVATIONS_GIB
+                      targets: str, rank: int, conv_rank: int, text_encoders_learn: bool = False, quantize_base: str = "no",
+                      int8_activations: bool = False) -> float:
+    """Peak GPU memory of training a full-size SDXL."""
+    weights = num_unet_parameters * BYTES_PER_WEIGHT[quantize_base] / GIB
+    per_picture = RECOMPUTED_ACTIVATIONS_GIB if recompute else KEPT_IN_INT8_GIB if int8_activations else KEPT_ACTIVATIONS_GIB
     activations = per_picture * batch_size * (resolution / 1024) ** 2
     num_parameters = PARAMETERS_PER_RANK[targets] * rank + PARAMETERS_PER_CONV_RANK * conv_rank
     return weights + activations + num_parameters * (8 + STATE_BYTES[optimizer]) / GIB + RESERVE_GIB + (

@@ -16,11 +16,16 @@ DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Placement:
-    """Device and dtype of the base; LoRA weights, their gradients and optimizer states are fp32 on the same device."""
+    """Device and formats of the base and of what it keeps for backward.
+
+    LoRA weights, their gradients and optimizer states are on the same device.
+    """
 
     device: torch.device
     dtype: torch.dtype
     gradient_checkpointing: bool
+    quantize_base: str = "no"
+    int8_activations: bool = False
 
     @property
     def encoder_dtype(self) -> torch.dtype:
@@ -28,8 +33,11 @@ class Placement:
         return torch.float32 if self.dtype == torch.float16 else self.dtype
 
     def describe(self) -> str:
-        kept = "activations recomputed" if self.gradient_checkpointing else "activations kept"
-        return f"base in {str(self.dtype).removeprefix('torch.')} on {self.device}, {kept}"
+        kept = "activations recomputed" if self.gradient_checkpointing else (
+            "activations kept, in part as int8" if self.int8_activations else "activations kept")
+        dtype = str(self.dtype).removeprefix("torch.")
+        base = dtype if self.quantize_base == "no" else f"{self.quantize_base}, computed in {dtype}"
+        return f"base in {base} on {self.device}, {kept}"
 
 
 def settle_torch(base: BaseModel, placement: Placement) -> None:
@@ -64,4 +72,4 @@ def choose_placement(plan: Plan) -> Placement:
     if device.type == "cpu" and dtype == torch.float16:
         raise RequestError("The plan says mixed_precision = \"fp16\", but this run is on the processor, which has no fast "
                            "fp16. Set mixed_precision = \"no\".")
-    return Placement(device, dtype, plan.gradient_checkpointing)
+    return Placement(device, dtype, plan.gradient_checkpointing, plan.quantize_base, plan.int8_activations)

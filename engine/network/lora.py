@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from crumb.engine.model.keys import lora_stem
-from crumb.kernels.lora_linear import lora_linear
+from crumb.kernels.linear import Layer, linear
+from crumb.kernels.norm_conv import ConvLayer
 from crumb.profiles.blocks import block_of
 from crumb.profiles.plan import Plan
 
@@ -81,8 +82,11 @@ class LoRALinear(LoRALayer):
         self.lora_A = nn.Parameter(torch.zeros(rank, base.in_features, device=device))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=device))
 
+    def layer(self) -> Layer:
+        return Layer(self.base.weight, self.base.bias, self.lora_A, self.lora_B, self.scaling)
+
     def with_change(self, x: Tensor) -> Tensor:
-        return lora_linear(x, self.base.weight, self.base.bias, self.lora_A, self.lora_B, self.scaling)
+        return linear(x, self.layer())
 
     def down(self, x: Tensor) -> Tensor:
         return F.linear(x, self.lora_A.to(x.dtype))
@@ -99,6 +103,10 @@ class LoRAConv2d(LoRALayer):
         device = base.weight.device
         self.lora_A = nn.Parameter(torch.zeros(rank, base.in_channels, *base.kernel_size, device=device))
         self.lora_B = nn.Parameter(torch.zeros(base.out_channels, rank, 1, 1, device=device))
+
+    def layer(self) -> ConvLayer:
+        return ConvLayer(self.base.weight, self.base.bias, self.base.stride, self.base.padding, self.lora_A, self.lora_B,
+                         self.scaling)
 
     def with_change(self, x: Tensor) -> Tensor:
         return self.base(x) + self.up(self.down(x)) * self.scaling

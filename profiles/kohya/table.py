@@ -176,7 +176,9 @@ TRAINING = (
     _own("device", ("cuda", "auto"), "accelerate chooses where to train"),
     _own("vram_gib created", (), "about this machine and this moment", ignored=True),
     _none("full_fp16 full_bf16", OFF, "crumb keeps the LoRA's weights and their optimizer in fp32"),
-    _none("fp8_base fp8_base_unet", OFF, "crumb fits the base into the card's memory in its own ways"),
+    Row(("fp8_base", "fp8_base_unet"), ("quantize_base",), training.quantize_base, to.quantize_base, OFF,
+        "crumb keeps the base in the run's own format"),
+    _own("int8_activations", OFF, "sd-scripts keeps activations as they are"),
     _none("multi_gpu", OFF, "`crumb train --gpus N` starts several"),
     _none("num_processes num_machines", (0, 1), "`crumb train --gpus N` and docs/parallel.md"),
 )

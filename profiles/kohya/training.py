@@ -14,6 +14,13 @@ def prediction(file: KohyaFile) -> dict[str, Any]:
     return {"prediction_type": "v_prediction" if file.is_on("v_parameterization") else "epsilon"}
 
 
+def quantize_base(file: KohyaFile) -> dict[str, Any]:
+    if not (file.is_on("fp8_base") or file.is_on("fp8_base_unet")):
+        return {"quantize_base": "no"}
+    file.remarks.append("int8 in place of fp8, as small")
+    return {"quantize_base": "int8"}
+
+
 def length(file: KohyaFile) -> dict[str, Any]:
     """Steps or epochs. sd-scripts: max_train_epochs before max_train_steps; the GUI counts `epoch` where neither is set."""
     given = {key: whole(file.get(key, 0)) for key in ("max_train_epochs", "max_train_steps", "epoch")}

@@ -46,6 +46,12 @@ def network_module(plan: Plan) -> dict[str, Any]:
     return {"network_module": "networks.lora"}
 
 
+def quantize_base(plan: Plan) -> dict[str, Any]:
+    if plan.quantize_base == "nf4":
+        raise Untaken("sd-scripts' smallest base is fp8: fp8_base_unet")
+    return {"fp8_base_unet": True} if plan.quantize_base == "int8" else {}
+
+
 def convolutions(plan: Plan) -> dict[str, Any]:
     if plan.targets == "attention":
         raise Untaken("sd-scripts' LoRA always trains the feed-forward layers too")

@@ -194,17 +194,28 @@ def test_picture_count_warnings(subject, num_pictures, warned):
 @pytest.mark.parametrize("gpu", ["RTX 4060", "RTX 3080", "RTX 3060 12GB", "RTX 4080", "RTX 4090", "RTX 5090", "A100 80GB"])
 @pytest.mark.parametrize(("subject", "num_pictures"), [("character", 20), ("style", 200)])
 def test_plans_fit_the_card_they_are_made_for(gpu, subject, num_pictures):
-    """Weights, 6.3 GiB of activations a picture (0.65 recomputed), and 12 to 22 bytes per LoRA weight, added by hand."""
+    """Weights, 3.8 GiB of activations a picture (0.65 recomputed), and 10 to 22 bytes per LoRA weight, added by hand."""
     result = derived(gpu, num_pictures, subject=subject)
     bytes_per_weight = {"AdamW8bit": 10, "AdamW": 16, "Prodigy": 22}[result.value("optimizer")]
-    activations = (0.65 if result.value("gradient_checkpointing") else 6.3) * result.value("batch_size")
-    needed = 4.78 + activations + 2.66e6 * result.value("rank") * bytes_per_weight / 2**30
+    activations = (0.65 if result.value("gradient_checkpointing") else 3.8) * result.value("batch_size")
+    weights = {"no": 4.78, "int8": 2.42, "nf4": 1.43}[result.value("quantize_base")]
+    needed = weights + activations + 2.66e6 * result.value("rank") * bytes_per_weight / 2**30
     assert needed + 1 < result.value("vram_gib") and not any("VRAM" in warning["text"] for warning in result.warnings)
 
 
-@pytest.mark.parametrize("gpu", ["GTX 1650", "RTX 2060"])
-def test_cards_that_are_too_small_are_told(gpu):
-    assert any("needs about 6.8 GiB of VRAM" in warning["text"] for warning in derived(gpu).warnings)
+@pytest.mark.parametrize(("gpu", "vram_gib", "how"), [
+    ("RTX 3060 12GB", None, "no"), ("RTX 4060", None, "no"), ("RTX 2060", None, "int8"), ("GTX 1650", None, "nf4")])
+def test_the_base_is_kept_as_exact_as_the_card_allows(gpu, vram_gib, how):
+    result = derived(gpu, vram_gib=vram_gib)
+    assert result.value("quantize_base") == how, result.values["quantize_base"].reason
+    assert not any("of VRAM" in warning["text"] for warning in result.warnings)
+
+
+def test_cards_that_are_too_small_are_told():
+    assert any("of VRAM, its base in nf4, and the card has 3 GiB" in warning["text"]
+               for warning in derived("GTX 1650", vram_gib=3).warnings)
+    assert any("of VRAM, its base in 16 bits" in warning["text"]
+               for warning in derived("GTX 1650", overrides={"quantize_base": "no"}).warnings)
 
 
 def test_what_was_set_by_hand_wins_and_moves_the_rest():

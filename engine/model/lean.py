@@ -1,0 +1,96 @@
+"""SDXL's blocks computed so that they keep little for backward: what they make is the same.
+
+diffusers' modules stay in place with their weights, names and LoRA layers; only how the blocks compute changes. A block
+whose LoRA layers leave something out at random computes as diffusers wrote it.
+"""
+
+from functools import partial
+
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel, Transformer2DModelOutput
+from torch import Tensor, is_grad_enabled, nn
+from torch.nn import functional as F
+
+from crumb.engine.network.lora import LoRALayer
+from crumb.kernels.feed_forward import feed_forward
+from crumb.kernels.group_norm_silu import group_norm_silu
+from crumb.kernels.linear import Layer
+from crumb.kernels.norm_conv import ConvLayer, norm_conv
+from crumb.kernels.norm_linears import Norm, norm_linears
+
+
+def make_lean(unet: nn.Module, keep_int8: bool = False) -> None:
+    """Changes how the U-Net's blocks compute, in place. `keep_int8`: what is kept of the feed-forward parts takes half."""
+    for module in unet.modules():
+        if any(isinstance(layer, LoRALayer) and layer.dropout.is_on for layer in module.modules()):
+            continue
+        if isinstance(module, BasicTransformerBlock):
+            module.forward = partial(transformer_block, module, keep_int8)
+        elif isinstance(module, ResnetBlock2D):
+            module.forward = partial(resnet_block, module)
+        elif isinstance(module, Transformer2DModel):
+            module.forward = partial(transformer_2d, module)
+    unet.conv_norm_out.forward = partial(_norm_silu, unet.conv_norm_out)
+    unet.conv_act = nn.Identity()
+
+
+def transformer_2d(model: Transformer2DModel, hidden_states: Tensor, encoder_hidden_states: Tensor, *_,
+                   return_dict: bool = True, **__):
+    """The picture (B, C, H, W) as a row of tokens (B, H W, C) through the blocks, added to itself."""
+    norm, size = model.norm, hidden_states.shape[-2:]
+    tokens = group_norm_silu(hidden_states, norm.num_groups, norm.weight, norm.bias, norm.eps, activation=False)
+    tokens = model.proj_in(tokens.flatten(2).transpose(1, 2))
+    for block in model.transformer_blocks:
+        if model.gradient_checkpointing and is_grad_enabled():
+            tokens = model._gradient_checkpointing_func(block, tokens, None, encoder_hidden_states)
+        else:
+            tokens = block(tokens, None, encoder_hidden_states)
+    sample = hidden_states + model.proj_out(tokens).transpose(1, 2).unflatten(2, size)
+    return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+
+def transformer_block(block: BasicTransformerBlock, keep_int8: bool, hidden_states: Tensor, _attention_mask: None,
+                      encoder_hidden_states: Tensor) -> Tensor:
+    """Self-attention, attention to the text, feed-forward; each reads the normalised residual stream (B, tokens, d)."""
+    attention = block.attn1
+    query, key, value = norm_linears(hidden_states, _norm(block.norm1),
+                                     [_layer(module) for module in (attention.to_q, attention.to_k, attention.to_v)])
+    hidden_states = hidden_states + attention.to_out[0](attend(query, key, value, attention.heads))
+    attention = block.attn2
+    query, = norm_linears(hidden_states, _norm(block.norm2), [_layer(attention.to_q)])
+    key, value = attention.to_k(encoder_hidden_states), attention.to_v(encoder_hidden_states)
+    hidden_states = hidden_states + attention.to_out[0](attend(query, key, value, attention.heads))
+    projection, _, out = block.ff.net
+    return feed_forward(hidden_states, _norm(block.norm3), _layer(projection.proj), _layer(out), keep_int8)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, num_heads: int) -> Tensor:
+    """softmax(q kᵀ / √head width) v; all (B, tokens, d), split into heads as views."""
+    query, key, value = (t.unflatten(-1, (num_heads, -1)).transpose(1, 2) for t in (query, key, value))
+    return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+
+
+def resnet_block(block: ResnetBlock2D, input_tensor: Tensor, temb: Tensor, *_) -> Tensor:
+    """Two convolutions of normalised and activated input, the time embedding between them, a shortcut past them."""
+    hidden_states = norm_conv(input_tensor, _norm(block.norm1), _conv(block.conv1))
+    hidden_states = hidden_states + block.time_emb_proj(F.silu(temb))[:, :, None, None]
+    hidden_states = norm_conv(hidden_states, _norm(block.norm2), _conv(block.conv2))
+    return hidden_states + (input_tensor if block.conv_shortcut is None else block.conv_shortcut(input_tensor))
+
+
+def _norm_silu(norm: nn.GroupNorm, x: Tensor) -> Tensor:
+    return group_norm_silu(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
+
+
+def _norm(norm: nn.LayerNorm | nn.GroupNorm) -> Norm:
+    return Norm(norm.weight, norm.bias, norm.eps, getattr(norm, "num_groups", 0))
+
+
+def _layer(module: nn.Module) -> Layer:
+    return module.layer() if isinstance(module, LoRALayer) else Layer(module.weight, module.bias)
+
+
+def _conv(module: nn.Module) -> ConvLayer:
+    return module.layer() if isinstance(module, LoRALayer) else ConvLayer(module.weight, module.bias, module.stride,
+                                                                          module.padding)

@@ -1,0 +1,66 @@
+"""A linear layer as the fused operations see it: a frozen weight of any format, with or without a LoRA beside it.
+
+Its products are those of lora_linear.py, lora_linear_int8.py and lora_linear_nf4.py, by the kind of weight.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from crumb.kernels import lora_linear, lora_linear_int8, lora_linear_nf4
+from crumb.kernels.lora_linear import FrozenLinearFunction, LoRALinearFunction, Products, down_gradient
+from crumb.kernels.quantize import Int8Weight, NF4Weight
+
+Weight = Tensor | Int8Weight | NF4Weight
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """weight (N, K), bias (N,); lora_A (R, K) and lora_B (N, R) are None where nothing learns."""
+
+    weight: Weight
+    bias: Tensor | None
+    lora_A: Tensor | None = None
+    lora_B: Tensor | None = None
+    scaling: float = 0.0
+
+
+def loras(layers: list[Layer]) -> list[Tensor | None]:
+    """A and B of each layer in turn: what autograd must be shown to give them gradients."""
+    return [factor for layer in layers for factor in (layer.lora_A, layer.lora_B)]
+
+
+def linear(x: Tensor, layer: Layer) -> Tensor:
+    """The layer on its own, differentiable in x, A and B."""
+    products = products_of(layer.weight)
+    if layer.lora_A is None:
+        return FrozenLinearFunction.apply(x, layer.weight, layer.bias, products)
+    return LoRALinearFunction.apply(x, layer.weight, layer.bias, layer.lora_A, layer.lora_B, layer.scaling, products)
+
+
+# Without autograd, for functions with a backward of their own.
+
+def forward(rows: Tensor, layer: Layer) -> tuple[Tensor, Tensor | None]:
+    """y (M, N), and x Aᵀ (M, R) for backward."""
+    return products_of(layer.weight).forward(rows, layer.weight, layer.bias, layer.lora_A, layer.lora_B, layer.scaling)
+
+
+def backward(dy: Tensor, rows: Tensor | None, down: Tensor | None, layer: Layer,
+             needs_x: bool = True) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dX, dA and dB; dA is None where `rows` is, and both where there is no LoRA."""
+    has_lora = layer.lora_A is not None
+    return products_of(layer.weight).backward(dy, rows, down, layer.weight, layer.lora_A, layer.lora_B, layer.scaling,
+                                              (needs_x, has_lora and rows is not None, has_lora))
+
+
+def lora_A_gradient(dy: Tensor, rows: Tensor, layer: Layer) -> Tensor | None:
+    """dA alone, where the rows were not at hand for `backward`. Reads dy once more."""
+    if layer.lora_A is None:
+        return None
+    return (down_gradient(dy, layer.lora_B, layer.scaling).T @ rows).to(layer.lora_A.dtype)
+
+
+def products_of(weight: Weight) -> Products:
+    if isinstance(weight, Int8Weight):
+        return lora_linear_int8.PRODUCTS
+    return lora_linear_nf4.PRODUCTS if isinstance(weight, NF4Weight) else lora_linear.PRODUCTS
