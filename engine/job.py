@@ -122,8 +122,7 @@ def _assemble(run: RunDirectory, plan: Plan, base: BaseModel, placement: Placeme
         attach_text_lora(network, encoders, plan)
     if placement.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
-    optimizer = make_optimizer(plan, network.rate_groups(plan.lora_plus_ratio), placement.device,
-                               lambda text: events.emit("warning", text=text))
+    optimizer = make_optimizer(plan, network.rate_groups(plan.lora_plus_ratio))
     scaler = torch.amp.GradScaler(placement.device.type, enabled=placement.dtype == torch.float16)
     trainer = Trainer(plan, unet, network, optimizer, scaler, training_set, placement,
                       alphas_cumprod(plan.zero_terminal_snr), VAE_SCALING_FACTOR, events, status, encoders, processes)

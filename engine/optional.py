@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 OPTIONAL = {
     "triton": "plain torch does its work",
-    "bitsandbytes": "AdamW8bit falls back to 32-bit AdamW",
+    "bitsandbytes": "nothing: crumb's 8-bit optimizers are its own",
     "xformers": "attention is torch's own",
 }
 """In the order in which they import each other."""

@@ -130,7 +130,7 @@ def _derive_optimizer(result: Derivation, base: BaseModel, gpu: Gpu) -> None:
 def _derive_rate(result: Derivation, base: BaseModel, optimizer: str) -> None:
     """The optimizer's arguments, its rate and how that changes over the run."""
     if optimizer in ADAPTIVE_OPTIMIZERS:
-        rule = {"Prodigy": "OPT-PRODIGY", "DAdaptAdam": "OPT-DADAPT"}[optimizer]
+        rule = "OPT-DADAPT" if optimizer == "DAdaptAdam" else "OPT-PRODIGY"
         arguments = {"decouple": True, "weight_decay": 0.01, "betas": [0.9, 0.999]}
         if optimizer == "Prodigy":
             arguments |= {"d_coef": 2.0, "use_bias_correction": True, "safeguard_warmup": False}

@@ -22,7 +22,7 @@ PARAMETERS_PER_RANK = {"attention": 1_451_000, "attention+ff": 2_660_000, "atten
 PARAMETERS_PER_CONV_RANK = 414_000
 """LoRA weights of full-size SDXL for each unit of rank; the counts of the published LoRA formats."""
 
-STATE_BYTES = {"AdamW8bit": 2, "AdamW": 8, "Prodigy": 14, "DAdaptAdam": 12, "Adafactor": 0.1, "Lion": 4}
+STATE_BYTES = {"AdamW8bit": 2, "AdamW": 8, "Prodigy": 14, "Prodigy8bit": 2.5, "DAdaptAdam": 12, "Adafactor": 0.1, "Lion": 4}
 """Optimizer bytes per trained weight, beside 4 for the weight and 4 for its gradient."""
 
 

@@ -27,7 +27,7 @@ PACKAGES = {
     "diffusers": "nothing can be trained",
     "transformers": "nothing can be trained",
     "triton": "plain torch does its work",
-    "bitsandbytes": "AdamW8bit falls back to 32-bit AdamW, which takes more memory",
+    "bitsandbytes": "nothing: crumb's 8-bit optimizers are its own",
     "prodigyopt": "a plan with Prodigy is refused; set optimizer to AdamW8bit or AdamW",
     "xformers": "nothing: it is optional, torch's own attention is used",
 }

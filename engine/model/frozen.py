@@ -32,9 +32,10 @@ class FrozenConv2d(nn.Conv2d):
 
 
 def freeze_layers(unet: nn.Module, quantise: str, device: torch.device) -> None:
-    """Turns all linears and convolutions into frozen ones on the device, in place; quantises those in blocks.
+    """Turns all linears and convolutions into frozen ones, in place. `quantise`: no | int8 | nf4, of those in blocks.
 
-    One weight after the other: the device never holds more than the result and one weight. `quantise`: no | int8 | nf4.
+    Where it quantises, the U-Net arrives on the device weight by weight: that never holds more than the result and one
+    weight.
     """
     for name, module in unet.named_modules():
         if type(module) is nn.Linear:
@@ -47,4 +48,5 @@ def freeze_layers(unet: nn.Module, quantise: str, device: torch.device) -> None:
             weight = module.weight
             del module.weight
             module.weight = FORMATS[quantise][weight.dim() == 4].of(weight.detach().to(device))
-    unet.to(device)
+    if quantise != "no":
+        unet.to(device)

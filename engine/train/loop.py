@@ -17,7 +17,7 @@ from crumb.engine.network.lora import Network
 from crumb.engine.run.events import EventWriter
 from crumb.engine.run.status import Status
 from crumb.engine.train.noise import step_generator
-from crumb.engine.train.optimizer import effective_rate
+from crumb.engine.train.optimizer import clip_gradients, effective_rate
 from crumb.engine.train.parallel import Processes
 from crumb.engine.train.schedule import learning_rate_factor
 from crumb.engine.train.step import draw, forward_loss
@@ -115,7 +115,7 @@ class Trainer:
         parameters = self.network.parameters()
         self.scaler.unscale_(self.optimizer)
         max_norm = self.plan.max_grad_norm or math.inf
-        grad_norm = nn.utils.clip_grad_norm_(parameters, max_norm).item()
+        grad_norm = clip_gradients(self.optimizer, parameters, max_norm)
         if math.isfinite(loss) and math.isfinite(grad_norm):
             self.scaler.step(self.optimizer)
             if self.plan.max_norm:

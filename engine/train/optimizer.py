@@ -1,27 +1,24 @@
-"""Optimizers by the plan's names, from the best-kept implementation that works on this machine."""
-
-from collections.abc import Callable
+"""Optimizers by the plan's names, from the best-kept implementation that works there is."""
 
 import torch
 from torch.optim import Optimizer
 
+from crumb.kernels.adamw_8bit import AdamW8bit
+from crumb.kernels.flat_optimizer import FlatOptimizer
+from crumb.kernels.prodigy_8bit import Prodigy8bit
 from crumb.profiles.errors import RequestError
 from crumb.profiles.plan import Plan
 
 
-def make_optimizer(plan: Plan, groups: list[tuple[float, list]], device: torch.device,
-                   warn: Callable[[str], None]) -> Optimizer:
-    """The plan's optimizer over (rate factor, parameters) groups; `warn` gets a sentence where another had to stand in.
+def make_optimizer(plan: Plan, groups: list[tuple[float, list]]) -> Optimizer:
+    """The plan's optimizer over (rate factor, parameters) groups. 8-bit ones take the parameters into a buffer of theirs.
 
     The factors stand in the optimizer's groups as `rate_factor`; whoever sets the rate multiplies by them.
     """
     parameters = [{"params": members, "rate_factor": factor} for factor, members in groups]
     arguments = {name: tuple(value) if isinstance(value, list) else value for name, value in plan.optimizer_args.items()}
-    if plan.optimizer == "AdamW8bit":
-        make = _adamw_8bit(device, warn)
-    else:
-        make = {"AdamW": _adamw, "Prodigy": _prodigy, "DAdaptAdam": _dadapt_adam, "Adafactor": _adafactor,
-                "Lion": _lion}[plan.optimizer]
+    make = {"AdamW8bit": AdamW8bit, "AdamW": _adamw, "Prodigy": _prodigy, "Prodigy8bit": Prodigy8bit,
+            "DAdaptAdam": _dadapt_adam, "Adafactor": _adafactor, "Lion": _lion}[plan.optimizer]
     try:
         return make(parameters, lr=plan.learning_rate, **arguments)
     except (TypeError, ValueError) as error:
@@ -38,28 +35,15 @@ def effective_rate(optimizer: Optimizer, learning_rate: float) -> float:
     return learning_rate * float(group.get("d", 1.0))
 
 
+def clip_gradients(optimizer: Optimizer, parameters: list[torch.nn.Parameter], max_norm: float) -> float:
+    """The norm of all gradients; where it is larger than `max_norm` they count as scaled down to it."""
+    if isinstance(optimizer, FlatOptimizer):
+        return optimizer.clip_gradients(max_norm).item()
+    return torch.nn.utils.clip_grad_norm_(parameters, max_norm).item()
+
+
 def _adamw(parameters, **arguments) -> Optimizer:
     return torch.optim.AdamW(parameters, fused=True, **arguments)
-
-
-def _adamw_8bit(device: torch.device, warn: Callable[[str], None]) -> Callable[..., Optimizer]:
-    try:
-        import bitsandbytes
-
-        probe = torch.nn.Parameter(torch.zeros(4096, device=device))
-        probe.grad = torch.ones_like(probe)
-        bitsandbytes.optim.AdamW8bit([probe]).step()
-    except Exception as error:  # a broken install raises anything, from ImportError to a missing C symbol
-        return _stand_in(f"bitsandbytes does not work here ({type(error).__name__}: {error})", warn)
-    return bitsandbytes.optim.AdamW8bit
-
-
-def _stand_in(reason: str, warn: Callable[[str], None]) -> Callable[..., Optimizer]:
-    def make(parameters, **arguments):
-        warn(f"AdamW8bit is replaced by 32-bit AdamW: {reason}. The result is as good; optimizer states take 8 bytes per "
-             f"trained weight where they would take 2.")
-        return _adamw(parameters, **arguments)
-    return make
 
 
 def _prodigy(parameters, **arguments) -> Optimizer:

@@ -38,7 +38,7 @@ def trainer(tiny_base, tmp_path, make_plan):
             attach_text_lora(network, encoders, plan)
         for index, layer in enumerate(network.layers.values()):  # B is zero at first, and then dA is too
             layer.lora_B.data = torch.randn(layer.lora_B.shape, generator=torch.Generator().manual_seed(index)) * 0.05
-        optimizer = make_optimizer(plan, network.rate_groups(plan.lora_plus_ratio), placement.device, print)
+        optimizer = make_optimizer(plan, network.rate_groups(plan.lora_plus_ratio))
         scaler = torch.amp.GradScaler("cpu", enabled=dtype == torch.float16)
         pictures = training_set(tmp_path, plan, encoded=encoders is None)
         return Trainer(plan, unet, network, optimizer, scaler, pictures, placement, alphas_cumprod(False), 0.13025,

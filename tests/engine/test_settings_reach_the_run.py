@@ -51,7 +51,9 @@ def weights(run) -> dict:
 
 
 def test_what_is_learned_follows_each_of_them(train):
-    plain_run, plain_events = train("plain")
+    plain_run, plain_events = train("plain", save_every=0, judge_every=0, sample_every=0)
+    assert [event["step"] for event in plain_events if event["type"] == "judged"] == [0, 2], "0 is the first and last alone"
+    assert not list(plain_run.checkpoints.iterdir()) and not any(event["type"] == "sample" for event in plain_events)
     same_run, same_events = train("same")
     assert losses(same_events) == losses(plain_events) and weights(same_run) == weights(plain_run)
     for number, setting in enumerate([
@@ -129,3 +131,19 @@ def test_the_smoothed_loss_goes_on_where_a_checkpoint_left_it(train):
         last = [event for event in events if event["type"] == "step"][-1]
         assert last["step"] == 3 and last["loss"] == third["loss"]
         assert last["loss_smoothed"] == expected, (last, progress)
+
+
+def test_a_smaller_base_and_smaller_activations_reach_the_run(train):
+    described = {}
+    for name, settings in {"exact": {}, "int8": {"quantize_base": "int8"}, "nf4": {"quantize_base": "nf4"},
+                           "kept": {"int8_activations": True}}.items():
+        _, events = train(name, gradient_checkpointing=False, **SMALL | {"steps": 3} | settings)
+        (numbers,) = [event for event in events if event["type"] == "numbers"]
+        described[name] = numbers["placement"], losses(events)
+    exact = described["exact"][1]
+    assert "base in int8, computed in float32" in described["int8"][0] and "base in nf4" in described["nf4"][0]
+    assert "in part as int8" in described["kept"][0] and described["exact"][0] == "base in float32 on cpu, activations kept"
+    # The first loss is of the base alone: rounding the base shows in it, rounding what is kept for backward can't.
+    assert described["int8"][1][0] != exact[0] == described["kept"][1][0] and described["kept"][1][1:] != exact[1:]
+    for name in ("int8", "nf4"):
+        assert described[name][1] == pytest.approx(exact, rel=0.05), (name, described[name][1], exact)

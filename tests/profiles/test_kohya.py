@@ -68,6 +68,7 @@ MAPPED = {
     "gradient_accumulation_steps": ({"gradient_accumulation_steps": 2.0}, {"gradient_accumulation_steps": 2}),
     "mixed_precision": ({"mixed_precision": "bf16"}, {"mixed_precision": "bf16"}),
     "gradient_checkpointing": ({"gradient_checkpointing": False}, {"gradient_checkpointing": False}),
+    "fp8_base": ({"fp8_base": True}, {"quantize_base": "int8"}),
     "seed": ({"seed": "7"}, {"seed": 7}),
     "optimizer_type": ({"optimizer_type": "bitsandbytes.optim.PagedAdamW8bit"}, {"optimizer": "AdamW8bit"}),
     "optimizer_args": ({"optimizer_type": "Lion", "optimizer_args": ["betas=0.9,0.9", "eps=1"]},
