@@ -88,6 +88,7 @@ def examine() -> list[Finding]:
         _login_session(),
         _gpu(gpu),
         *_packages(gpu),
+        _kernels(),
     ]
 
 
@@ -133,6 +134,20 @@ def _gpu(gpu: Gpu | None) -> Finding:
     if not gpu.has_bf16:
         return Finding("gpu", "ok", detail, "no bf16 on this card, so training uses fp16")
     return Finding("gpu", "ok", detail)
+
+
+def _kernels() -> Finding:
+    """Which of crumb's operations run by its own Triton kernels here; asked in a process that may load torch."""
+    try:
+        done = subprocess.run([sys.executable, "-P", "-m", "crumb.kernels.dispatch"], capture_output=True, text=True,
+                              timeout=PROBE_TIMEOUT_S, stdin=subprocess.DEVNULL)
+        ways = json.loads(done.stdout)
+    except (subprocess.TimeoutExpired, ValueError):
+        return Finding("kernels", "broken", "they can't be loaded", "nothing can be trained; look at torch and triton above")
+    names_by_reason: dict[str, list[str]] = {}
+    for name, way in ways.items():
+        names_by_reason.setdefault(("Triton" if way["triton"] else "plain torch") + f" ({way['why']})", []).append(name)
+    return Finding("kernels", "ok", "; ".join(f"{reason}: {', '.join(names)}" for reason, names in names_by_reason.items()))
 
 
 def _packages(gpu: Gpu | None) -> list[Finding]:
