@@ -45,6 +45,7 @@ def settle_torch(base: BaseModel, placement: Placement) -> None:
     if placement.device.type == "cuda":
         # cuBLAS reads its part (CUBLAS_WORKSPACE_CONFIG) from the environment that the launcher sets.
         torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # else every torch.empty is one more launch
         torch.backends.cudnn.benchmark = False
     elif base.num_unet_parameters < SMALL_UNET_PARAMETERS:
         # Tiny layers gain 4 % from a second thread on a quiet machine and lose 200 % beside one busy process.
