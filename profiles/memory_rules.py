@@ -17,22 +17,12 @@ def derive_memory(result: Derivation, base: BaseModel, gpu: Gpu) -> None:
     result.put("vae_tiling", full and gpu.vram_gib < 12, "COMMON", "below 12 GiB the VAE works in tiles of 512 pixels"
                if full and gpu.vram_gib < 12 else "the VAE takes whole pictures")
     _derive_base_format(result, base, gpu, full)
-    result.put("int8_activations", False, "COMMON", "activations are kept as they are, or computed twice")
-    kept_gib = _needed_gib(result, base, 1, recompute=False)
-    if not full:
-        result.put("gradient_checkpointing", False, "COMMON", "this base is small: its activations fit as they are")
-    elif gpu.vram_gib < kept_gib:
-        result.put("gradient_checkpointing", True, "COMMON",
-                   f"keeping all activations would need about {kept_gib:.0f} GiB, so they are computed twice")
-    else:
-        result.put("gradient_checkpointing", False, "COMMON",
-                   f"all activations fit (about {kept_gib:.0f} GiB in all): nothing is computed twice")
+    _derive_activations(result, base, gpu, full)
     batch_size = 1 if full else SMALL_BASE_BATCH
     if full and gpu.vram_gib >= 16:
-        recompute = result.value("gradient_checkpointing")
         batch_size = max(size for size in (1, 2, 4)
-                         if size == 1 or _needed_gib(result, base, size, recompute) <= gpu.vram_gib)
-    needed_gib = _needed_gib(result, base, batch_size, result.value("gradient_checkpointing"))
+                         if size == 1 or _planned_gib(result, base, size) <= gpu.vram_gib)
+    needed_gib = _planned_gib(result, base, batch_size)
     result.put("batch_size", batch_size, "COMMON",
                "this base is small: four at a time learn the same in a quarter of the steps" if not full
                else f"about {needed_gib:.1f} GiB in all" if gpu.vram_gib else "one picture at a time")
@@ -55,13 +45,30 @@ def _derive_base_format(result: Derivation, base: BaseModel, gpu: Gpu, full: boo
     result.put("quantize_base", how, "COMMON", reason)
 
 
+def _derive_activations(result: Derivation, base: BaseModel, gpu: Gpu, full: bool) -> None:
+    """Kept until backward, kept with the largest in int8, or computed twice: the first that fits is the fastest."""
+    quantised = result.value("quantize_base")
+    kept_gib, in_int8_gib = (_needed_gib(result, base, 1, False, quantised, in_int8) for in_int8 in (False, True))
+    kept, in_int8 = not full or gpu.vram_gib >= kept_gib, gpu.vram_gib >= in_int8_gib
+    needs = f"activations would need about {kept_gib:.1f} GiB in all, in int8 {in_int8_gib:.1f}"
+    reason = needs if not kept else "this base is small: its activations fit" if not full else (
+        f"all activations fit (about {kept_gib:.1f} GiB in all)")
+    result.put("gradient_checkpointing", not (kept or in_int8), "COMMON",
+               f"{reason}: {'nothing is' if kept or in_int8 else 'they are'} computed twice")
+    result.put("int8_activations", in_int8 and not kept and not result.value("gradient_checkpointing"), "COMMON", reason)
+
+
 def _needed_gib(result: Derivation, base: BaseModel, batch_size: int, recompute: bool,
-                quantize_base: str | None = None) -> float:
+                quantize_base: str, int8_activations: bool = False) -> float:
     return estimate_vram_gib(base.num_unet_parameters, result.value("resolution"), batch_size, recompute,
                              result.value("optimizer"), result.value("targets"), result.value("rank"),
-                             result.value("conv_rank"), text_encoders_learn(result),
-                             quantize_base or result.value("quantize_base"),
-                             quantize_base is None and result.value("int8_activations"))
+                             result.value("conv_rank"), text_encoders_learn(result), quantize_base, int8_activations)
+
+
+def _planned_gib(result: Derivation, base: BaseModel, batch_size: int) -> float:
+    """With all that is decided so far."""
+    return _needed_gib(result, base, batch_size, *(
+        result.value(name) for name in ("gradient_checkpointing", "quantize_base", "int8_activations")))
 
 
 def text_encoders_learn(result: Derivation) -> bool:
@@ -69,7 +76,7 @@ def text_encoders_learn(result: Derivation) -> bool:
 
 
 def warn_of_memory(result: Derivation, base: BaseModel, gpu: Gpu) -> None:
-    needed_gib = _needed_gib(result, base, result.value("batch_size"), result.value("gradient_checkpointing"))
+    needed_gib = _planned_gib(result, base, result.value("batch_size"))
     how = "16 bits" if result.value("quantize_base") == "no" else result.value("quantize_base")
     if base.num_unet_parameters > FULL_MODEL_PARAMETERS and 0 < gpu.vram_gib < needed_gib:
         result.warn("COMMON", f"This run needs about {needed_gib:.1f} GiB of VRAM, its base in {how}, and the card has "

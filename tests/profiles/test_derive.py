@@ -197,7 +197,8 @@ def test_plans_fit_the_card_they_are_made_for(gpu, subject, num_pictures):
     """Weights, 3.8 GiB of activations a picture (0.65 recomputed), and 10 to 22 bytes per LoRA weight, added by hand."""
     result = derived(gpu, num_pictures, subject=subject)
     bytes_per_weight = {"AdamW8bit": 10, "AdamW": 16, "Prodigy": 22}[result.value("optimizer")]
-    activations = (0.65 if result.value("gradient_checkpointing") else 3.8) * result.value("batch_size")
+    kept = 3.1 if result.value("int8_activations") else 3.8
+    activations = (0.65 if result.value("gradient_checkpointing") else kept) * result.value("batch_size")
     weights = {"no": 4.78, "int8": 2.42, "nf4": 1.43}[result.value("quantize_base")]
     needed = weights + activations + 2.66e6 * result.value("rank") * bytes_per_weight / 2**30
     assert needed + 1 < result.value("vram_gib") and not any("VRAM" in warning["text"] for warning in result.warnings)
@@ -209,6 +210,16 @@ def test_the_base_is_kept_as_exact_as_the_card_allows(gpu, vram_gib, how):
     result = derived(gpu, vram_gib=vram_gib)
     assert result.value("quantize_base") == how, result.values["quantize_base"].reason
     assert not any("of VRAM" in warning["text"] for warning in result.warnings)
+
+
+@pytest.mark.parametrize(("vram_gib", "recompute", "in_int8"), [(12, False, False), (10, False, True), (8, True, False)])
+def test_activations_are_kept_where_they_fit_if_need_be_in_int8(vram_gib, recompute, in_int8):
+    """4.8 of base, 0.8 of LoRA with its states, 1.2 in reserve, and 3.8, 3.1 or 0.65 GiB of activations."""
+    result = derived(vram_gib=vram_gib, overrides={"rank": 32, "optimizer": "AdamW8bit"})
+    found = result.value("gradient_checkpointing"), result.value("int8_activations")
+    assert found == (recompute, in_int8), result.values["gradient_checkpointing"].reason
+    by_hand = derived(vram_gib=vram_gib, overrides={"rank": 32, "gradient_checkpointing": True})
+    assert not by_hand.value("int8_activations")
 
 
 def test_cards_that_are_too_small_are_told():
