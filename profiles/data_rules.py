@@ -78,7 +78,7 @@ def derive_length(result: Derivation, answers: Answers, scan: Scan, num_pictures
     epochs = max(1, round(views * num_weighted / epoch.num_trained))
     num_taught = num_pictures - len(held_out)
     alike = epoch.num_trained == num_taught * repeats
-    if result.value("optimizer") == "Prodigy" and result.value("scheduler") == "constant_with_warmup":
+    if result.value("optimizer") in ("Prodigy", "Prodigy8bit") and result.value("scheduler") == "constant_with_warmup":
         result.put("epochs", epochs + 1, "SCHED-PRODIGY", "one more, to make up for Prodigy's warm-up")
     else:
         result.put("epochs", epochs, "COMMON",

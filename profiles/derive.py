@@ -132,11 +132,11 @@ def _derive_rate(result: Derivation, base: BaseModel, optimizer: str) -> None:
     if optimizer in ADAPTIVE_OPTIMIZERS:
         rule = "OPT-DADAPT" if optimizer == "DAdaptAdam" else "OPT-PRODIGY"
         arguments = {"decouple": True, "weight_decay": 0.01, "betas": [0.9, 0.999]}
-        if optimizer == "Prodigy":
+        if optimizer != "DAdaptAdam":
             arguments |= {"d_coef": 2.0, "use_bias_correction": True, "safeguard_warmup": False}
         result.put("optimizer_args", arguments, rule, "the guide's arguments")
         result.put("learning_rate", 1.0, rule, f"{optimizer} finds the rate; 1 leaves it alone")
-        result.put("scheduler", "constant", "SCHED-PRODIGY" if optimizer == "Prodigy" else rule,
+        result.put("scheduler", "constant", "SCHED-PRODIGY" if optimizer != "DAdaptAdam" else rule,
                    f"{optimizer} runs well with constant")
         return
     result.put("optimizer_args", {} if optimizer == "Adafactor" else {"weight_decay": 0.01}, "OPT-DEFAULT",

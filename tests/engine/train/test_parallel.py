@@ -84,7 +84,7 @@ def plan(tiny_base, photographs, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("plan") / "plan.toml"
     settings = {"steps": STEPS, "rank": 4, "sample_every": 0, "save_every": 1000, "judge_every": 0, "held_out_pictures": 0,
                 "batch_size": 1, "gradient_accumulation_steps": 1, "learning_rate": "1e-3", "save_precision": "float",
-                "network_dropout": 0.1}
+                "network_dropout": 0.1, "optimizer": "AdamW8bit"}
     done = crumb("plan", "--images", photographs, "--base", tiny_base, "--subject", "style", "--gpu", "cpu", "--trigger", "par",
                  *[word for name, value in settings.items() for word in ("--set", f"{name}={value}")], "--out", path)
     assert done.returncode == 0, done.stderr
