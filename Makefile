@@ -26,8 +26,10 @@ test: $(READY)
 slow: $(READY)
 	$(BIN)/python -P -m pytest -m slow
 
+# Needs a CUDA GPU: the tests that do, then the measurements that go to benchmarks/results.
 gpu: $(READY)
 	$(BIN)/python -P -m pytest -m gpu
+	$(BIN)/python -P benchmarks/kernels.py
 
 lint: $(READY)
 	$(BIN)/ruff check .
