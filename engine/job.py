@@ -99,7 +99,8 @@ def run_job(run: RunDirectory, events: EventWriter, status: Status) -> int:
     finish_trackers(job.trackers)
     is_stopped = step < plan.steps
     if processes.is_first and is_stopped:
-        _save(job, step)
+        if not lora_in_checkpoint(run, step).exists():  # it may just have been saved
+            _save(job, step)
         events.emit("stopped", step=step)
     elif processes.is_first:
         _finish(job, time.monotonic() - started)

@@ -191,7 +191,7 @@ def _derive_variants(result: Derivation, answers: Answers, scan: Scan, base: Bas
         num_texts = sum(1 if loose <= 1 else kept.value + 1 for loose in num_loose)
         size = f", about {num_texts * FULL_TEXT_VALUES * value_bytes / 1e6:.0f} MB on disk" if (
             base.num_unet_parameters > FULL_MODEL_PARAMETERS) else ""
-        reason = f"{num_texts} texts in all are encoded and kept{size}"
+        reason = f"at most {num_texts} texts in all are encoded and kept{size}"
     by_you = "set by you; " if "caption_variants" in result.overrides else ""
     result.values["caption_variants"] = Derived(kept.value, kept.rule, by_you + reason)
 
@@ -244,6 +244,8 @@ def _warn_of_noise(result: Derivation) -> None:
         result.warn("NOISE-OFFSET", f"noise_offset is {offset:g}; 0.05 to 0.15 is recommended.")
     if iterations and not 6 <= iterations <= 10:
         result.warn("NOISE-MULTIRES", f"multires_noise_iterations is {iterations}; 6 to 10 is recommended.")
+    if result.overrides.get("text_encoder_stop_after", 1.0) < 1 and not text_encoders_learn(result):
+        result.warn("", "text_encoder_stop_after is set, but the text encoders don't learn: ignored.")
     if offset and iterations:
         result.warn("NOISE-OFFSET", "noise_offset and multires noise both shift the brightness; one of them is enough.")
 

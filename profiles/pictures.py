@@ -170,7 +170,7 @@ def _decode(path: Path) -> tuple[int, int, str | None, tuple[int, int] | None]:
 
 
 def _fault_of_alpha(alpha: tuple[int, int]) -> str:
-    return "It is transparent all over, and alpha is the mask: nothing would be learned. Leave it out." if alpha[1] == 0 else ""
+    return "It is transparent all over, and alpha is the mask: nothing of it would be learned" if alpha[1] == 0 else ""
 
 
 def _fault_of_file(path: Path, aspect: float) -> str:

@@ -145,7 +145,7 @@ class Plan:
     lora_plus_ratio: float = _setting("optimizer", "LoRA+: how much faster lora_up learns than lora_down; 1 = alike", 1.0,
                                       low=0.01, high=100)
     scheduler: str = _setting("optimizer", "How the rate changes over the run", "constant", choices=SCHEDULERS)
-    warmup_ratio: float = _setting("optimizer", "Share of all steps in which the rate rises from 0", 0.1, low=0, high=1)
+    warmup_ratio: float = _setting("optimizer", "Share of all steps in which the rate rises to full", 0.1, low=0, high=1)
 
     cache_latents: bool = _setting("memory", "Encode each picture once and keep the result on disk", True,
                                    choices=(True,))

@@ -47,6 +47,9 @@ def check_together(plan: "Plan") -> None:
     if plan.loss_weighting == "debiased" and plan.zero_terminal_snr and plan.prediction_type == "epsilon":
         raise RequestError("loss_weighting is debiased, which divides by the signal-to-noise ratio, and zero_terminal_snr "
                            "makes that 0 at the last noise level. Set loss_weighting = \"min_snr\" or \"none\".")
+    if plan.int8_activations and max(plan.network_dropout, plan.rank_dropout, plan.module_dropout) > 0:
+        raise RequestError("int8_activations is on with network, rank or module dropout, under which activations are kept as "
+                           "they are. Turn one of the two off.")
     if plan.device == "cpu" and plan.mixed_precision == "fp16":
         raise RequestError("mixed_precision is fp16 with device cpu, which has no fast fp16. Set mixed_precision = \"no\".")
 
@@ -88,10 +91,11 @@ def _check_blocks(plan: "Plan") -> None:
 
 
 def _check_one_rate(plan: "Plan") -> None:
-    factors = {*plan.block_rates.values(), plan.lora_plus_ratio} - {0, 1}
-    if factors:
-        raise RequestError(f"{plan.optimizer} finds one rate for all that learns, so block_rates may only be 0 or 1 and "
-                           f"lora_plus_ratio 1 ({', '.join(map(str, sorted(factors)))} now). AdamW8bit takes any.")
+    wrong = [f"block_rates gives {block} {rate:g}" for block, rate in plan.block_rates.items() if rate not in (0, 1)]
+    wrong += [f"lora_plus_ratio is {plan.lora_plus_ratio:g}"] * (plan.lora_plus_ratio != 1)
+    if wrong:
+        raise RequestError(f"{wrong[0]}; {plan.optimizer} sets one rate for all that learns, so block_rates may only be 0 or 1 "
+                           f"and lora_plus_ratio 1. AdamW8bit takes any.")
     for name in ("text_encoder_learning_rate", "text_encoder_2_learning_rate"):
         if getattr(plan, name) not in (0, plan.learning_rate):
             raise RequestError(f"{name} is {getattr(plan, name):g}; {plan.optimizer} finds one rate for all that learns, so "

@@ -60,7 +60,8 @@ def verdict(history: list[Judged], steps: int) -> Verdict:
         file = f"Take the file of step {kept.step}, if any. " if kept and kept is not last else ""
         return Verdict("falling apart", f"{file}Start anew with a lower learning rate or lower alpha.", _basis(first, last))
     if len(history) < MIN_JUDGINGS:
-        return Verdict("", basis=f"{len(history)} of the {MIN_JUDGINGS} measurements that a verdict takes (judge_every)")
+        return Verdict("", basis=f"a verdict takes {MIN_JUDGINGS} measurements and there are {len(history)}; judge_every sets "
+                                 f"how often")
     basis = _basis(first, last)
     if last.training_loss > first.training_loss * (1 - MIN_DROP):
         if last.step < steps / 2:

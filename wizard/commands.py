@@ -62,7 +62,8 @@ def check_resumable(run: RunDirectory) -> None:
         raise RequestError(f"The run {run.name!r} is finished; its LoRA is {run.result}. For a longer one, copy its plan, "
                            f"raise steps, give it another name, and `crumb train` that.")
     if engine_is_alive(run):
-        raise BusyError(f"The run {run.name!r} is running already. See it with `crumb watch {run.name}`.")
+        raise BusyError(f"The run {run.name!r} is still at work, or finishing its last step after a stop. See it with `crumb "
+                        f"watch {run.name}`.")
 
 
 def start_and_watch(run: RunDirectory, options) -> int:

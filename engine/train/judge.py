@@ -21,7 +21,7 @@ NUM_JUDGED = 8
 
 def judge(trainer: Trainer, step: int) -> Judged:
     """Measures some training pictures and the held-out ones, without gradients."""
-    # Plain squares at every noise level, whatever the run trains with: so that runs can be compared too.
+    # Plain squares, whatever the run trains with, so that runs with the same noise levels and masks can be compared.
     plain = replace(trainer.plan, loss_type="l2", loss_weighting="none")
     losses = [mean_loss(trainer, _some(indices, plain.seed), plain) if indices else None
               for indices in (trainer.training_set.trained, trainer.training_set.held_out)]

@@ -14,11 +14,7 @@ from crumb.profiles.plan import SCHEDULERS
 NEAREST_OPTIMIZERS = {
     "pagedadamw": "AdamW", "pagedadamw32bit": "AdamW", "pagedadamw8bit": "AdamW8bit", "adam": "AdamW", "adam8bit": "AdamW8bit",
     "lion8bit": "Lion", "pagedlion8bit": "Lion", "dadaptation": "DAdaptAdam", "dadaptadampreprint": "DAdaptAdam",
-    "dadaptadan": "DAdaptAdam", "dadaptadanip": "DAdaptAdam", "prodigy8bit": "Prodigy",
-}
-NEAREST_SCHEDULERS = {
-    "cosine_with_min_lr": ("cosine",), "cosine_with_restarts": ("cosine",), "inverse_sqrt": ("polynomial", "cosine"),
-    "polynomial": ("linear", "cosine"), "linear": ("polynomial", "cosine"), "cosine": ("linear",),
+    "dadaptadan": "DAdaptAdam", "dadaptadanip": "DAdaptAdam",
 }
 
 
@@ -116,9 +112,8 @@ def scheduler(file: KohyaFile) -> dict[str, Any]:
     if name.startswith("adafactor"):
         file.remarks.append("Adafactor's own schedule; crumb's Adafactor follows it by itself")
         return {"scheduler": "constant"}
-    nearest = next((one for one in NEAREST_SCHEDULERS.get(name, ()) if one in SCHEDULERS), plain_one)
     file.remarks.append(f"the nearest: crumb has no {name}")
-    return {"scheduler": nearest}
+    return {"scheduler": plain_one}
 
 
 def _has_warmup(file: KohyaFile) -> bool:

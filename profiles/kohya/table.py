@@ -185,7 +185,7 @@ TRAINING = (
 
 OPTIMIZER = (
     Row(("optimizer_type", "use_8bit_adam", "use_lion_optimizer"), ("optimizer",), optimizer.optimizer,
-        lambda plan: {"optimizer_type": plan.optimizer}, place="optimizer", reads=("learning_rate", "unet_lr")),
+        to.optimizer, place="optimizer", reads=("learning_rate", "unet_lr")),
     Row(("optimizer_args",), ("optimizer_args",), optimizer.optimizer_args, to.optimizer_args, place="optimizer",
         reads=("optimizer_type",)),
     Row(("learning_rate", "unet_lr"), ("learning_rate",), optimizer.learning_rate, to.learning_rate, place="optimizer"),

@@ -47,9 +47,9 @@ def network_module(plan: Plan) -> dict[str, Any]:
 
 
 def quantize_base(plan: Plan) -> dict[str, Any]:
-    if plan.quantize_base == "nf4":
-        raise Untaken("sd-scripts' smallest base is fp8: fp8_base_unet")
-    return {"fp8_base_unet": True} if plan.quantize_base == "int8" else {}
+    if plan.quantize_base != "no":
+        raise Untaken("sd-scripts' own small base is fp8: add fp8_base_unet, with mixed_precision fp16 or bf16")
+    return {}
 
 
 def convolutions(plan: Plan) -> dict[str, Any]:
@@ -98,6 +98,12 @@ def block_rates(plan: Plan) -> dict[str, Any]:
 
 def lora_plus(plan: Plan) -> dict[str, Any]:
     return {"loraplus_lr_ratio": plan.lora_plus_ratio} if plan.lora_plus_ratio != 1 else {}
+
+
+def optimizer(plan: Plan) -> dict[str, Any]:
+    if plan.optimizer == "Prodigy8bit":
+        raise Untaken("sd-scripts has Prodigy with 32-bit states only: optimizer_type = \"Prodigy\"")
+    return {"optimizer_type": plan.optimizer}
 
 
 def optimizer_args(plan: Plan) -> dict[str, Any]:

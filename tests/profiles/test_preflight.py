@@ -90,3 +90,14 @@ def test_what_the_machine_or_the_vae_cant_give_is_named(tiny_base, tmp_path, mak
         with pytest.raises(RequestError, match=words):
             preflight(make_plan(**settings | wrong))
     assert len(preflight(make_plan(device="auto", **settings)).scan.pictures) == 1
+
+
+def test_zero_terminal_snr_of_a_base_that_tells_noise_is_warned_of(plan_of):
+    told = [warning["text"] for warning in plan_of(zero_terminal_snr=True).derivation.warnings]
+    assert any("v-prediction" in text for text in told)
+    assert not any("v-prediction" in warning["text"] for warning in plan_of().derivation.warnings)
+
+
+def test_dropout_and_int8_activations_exclude_each_other(make_plan):
+    with pytest.raises(RequestError, match="int8_activations is on with"):
+        make_plan(int8_activations=True, rank_dropout=0.1)
