@@ -104,8 +104,8 @@ def conclude(answers: Answers, scan: Scan | None = None) -> Interview:
     for text in starting_findings(plan):
         derivation.warn("", text)
     if plan.zero_terminal_snr and plan.prediction_type == "epsilon":
-        derivation.warn("", "zero_terminal_snr is for v-prediction bases: at its last noise level nothing is left of the picture, "
-                            "and noise alone can't tell it.")
+        derivation.warn("", "zero_terminal_snr is for v-prediction bases: at its last noise level nothing is left of the "
+                            "picture, and noise alone can't tell it.")
     for name in missing_packages(plan.trackers):
         derivation.warn("", f"trackers names {name}, whose package is missing here. Before training: `pip install {name}`.")
     return Interview(answers, scan, base, gpu, derivation, plan)

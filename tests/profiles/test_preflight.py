@@ -94,8 +94,8 @@ def test_what_the_machine_or_the_vae_cant_give_is_named(tiny_base, tmp_path, mak
 
 def test_zero_terminal_snr_of_a_base_that_tells_noise_is_warned_of(plan_of):
     told = [warning["text"] for warning in plan_of(zero_terminal_snr=True).derivation.warnings]
-    assert any("v-prediction" in text for text in told)
-    assert not any("v-prediction" in warning["text"] for warning in plan_of().derivation.warnings)
+    assert any("zero_terminal_snr is for" in text for text in told)
+    assert not any("zero_terminal_snr is for" in warning["text"] for warning in plan_of().derivation.warnings)
 
 
 def test_dropout_and_int8_activations_exclude_each_other(make_plan):
