@@ -18,11 +18,7 @@ from crumb.kernels.quantize import Int8Weight
 Pair = int | tuple[int, int]
 
 
-def conv2d_frozen(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Pair = 1, padding: Pair = 0) -> Tensor:
-    return _FrozenConv2d.apply(x, weight, bias, stride, padding)
-
-
-def conv2d_int8(x: Tensor, weight: Int8Weight, bias: Tensor | None, stride: Pair = 1, padding: Pair = 0) -> Tensor:
+def conv2d_frozen(x: Tensor, weight: Tensor | Int8Weight, bias: Tensor | None, stride: Pair = 1, padding: Pair = 0) -> Tensor:
     return _FrozenConv2d.apply(x, weight, bias, stride, padding)
 
 

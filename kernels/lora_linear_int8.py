@@ -37,7 +37,7 @@ from crumb.kernels import lora_linear as linear16
 from crumb.kernels.dispatch import uses_triton, way
 from crumb.kernels.language import cdiv, jit, tl, triton
 from crumb.kernels.launch import Launch, launch_on, num_processors
-from crumb.kernels.lora_linear import FrozenLinearFunction, LoRALinearFunction, Needs, Products
+from crumb.kernels.lora_linear import LoRALinearFunction, Needs, Products
 from crumb.kernels.quantize import INT8_LARGEST, TINY, Int8Weight, weight_buffer
 
 GROUP = 128
@@ -49,11 +49,6 @@ def lora_linear_int8(x: Tensor, weight: Int8Weight, bias: Tensor | None, lora_A:
                      scaling: float) -> Tensor:
     """y as above, in x's dtype. x may have any number of leading dimensions; weight and bias are frozen."""
     return LoRALinearFunction.apply(x, weight, bias, lora_A, lora_B, scaling, PRODUCTS)
-
-
-def linear_int8(x: Tensor, weight: Int8Weight, bias: Tensor | None = None) -> Tensor:
-    """Without a LoRA; saves nothing for backward."""
-    return FrozenLinearFunction.apply(x, weight, bias, PRODUCTS)
 
 
 def forward(rows: Tensor, weight: Int8Weight, bias: Tensor | None, lora_A: Tensor | None, lora_B: Tensor | None,

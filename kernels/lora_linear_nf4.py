@@ -15,7 +15,7 @@ from crumb.kernels import lora_linear as linear16
 from crumb.kernels.dispatch import uses_triton
 from crumb.kernels.language import cdiv, jit, tl
 from crumb.kernels.launch import launch_on
-from crumb.kernels.lora_linear import FrozenLinearFunction, LoRALinearFunction, Needs, Products
+from crumb.kernels.lora_linear import LoRALinearFunction, Needs, Products
 from crumb.kernels.quantize import NF4_BLOCK, NF4_GROUP, NF4Weight, nf4_codes, weight_buffer
 
 
@@ -23,11 +23,6 @@ def lora_linear_nf4(x: Tensor, weight: NF4Weight, bias: Tensor | None, lora_A: T
                     scaling: float) -> Tensor:
     """y as above, in x's dtype. x may have any number of leading dimensions; weight and bias are frozen."""
     return LoRALinearFunction.apply(x, weight, bias, lora_A, lora_B, scaling, PRODUCTS)
-
-
-def linear_nf4(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tensor:
-    """Without a LoRA; saves nothing for backward."""
-    return FrozenLinearFunction.apply(x, weight, bias, PRODUCTS)
 
 
 def forward(rows: Tensor, weight: NF4Weight, bias: Tensor | None, lora_A: Tensor | None, lora_B: Tensor | None,

@@ -3,6 +3,7 @@
 from crumb.profiles.base_model import BaseModel
 from crumb.profiles.derivation import Derivation
 from crumb.profiles.hardware import Gpu
+from crumb.profiles.plan_rules import DROPOUTS
 from crumb.profiles.vram import BYTES_PER_WEIGHT, estimate_vram_gib
 
 FULL_MODEL_PARAMETERS = 1_000_000_000
@@ -67,7 +68,7 @@ def _needed_gib(result: Derivation, base: BaseModel, batch_size: int, recompute:
 
 
 def _drops_out(result: Derivation) -> bool:
-    return max(result.overrides.get(name, 0) for name in ("network_dropout", "rank_dropout", "module_dropout")) > 0
+    return any(result.overrides.get(name) for name in DROPOUTS)
 
 
 def _planned_gib(result: Derivation, base: BaseModel, batch_size: int) -> float:

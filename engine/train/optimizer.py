@@ -1,4 +1,4 @@
-"""Optimizers by the plan's names, from the best-kept implementation that works there is."""
+"""Optimizers by the plan's names, from the best-kept implementation there is."""
 
 import torch
 from torch.optim import Optimizer

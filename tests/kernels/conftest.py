@@ -1,4 +1,4 @@
-"""What tests of the optimizers share: a small network that LoRAs are trained in, and the sizes of SDXL's LoRAs."""
+"""What tests of kernels share: both ways of computing; a small network that LoRAs are trained in, the sizes of SDXL's LoRAs."""
 
 from dataclasses import dataclass
 from itertools import pairwise
@@ -68,3 +68,12 @@ def sdxl_shapes():
     """1,444 tensors: A and B, of rank 8, of as many linears as LoRAs of attention and feed-forward have in SDXL."""
     linears = [(640, 640), (640, 5120), (2560, 640), (1280, 1280), (2048, 1280), (1280, 10240), (5120, 1280)]
     return [shape for index in range(722) for columns, rows in [linears[index % 7]] for shape in ((8, columns), (rows, 8))]
+
+
+@pytest.fixture(params=["plain", "triton"])
+def way(request, monkeypatch):
+    """A test that asks for it runs by plain torch and by the Triton kernels, here under the interpreter."""
+    if request.param == "triton":
+        pytest.importorskip("triton")
+    monkeypatch.setenv("CRUMB_KERNELS", request.param)
+    return request.param

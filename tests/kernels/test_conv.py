@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from crumb.kernels.conv import conv2d_frozen, conv2d_int8
+from crumb.kernels.conv import conv2d_frozen
 from crumb.kernels.quantize import Int8Weight
 
 SHAPES = [  # in, out, kernel, stride, padding: ResBlock, shortcut, downsampler, odd
@@ -40,7 +40,7 @@ def test_int8_equals_torch_on_the_dequantised_weight(shape, channels_last):
         x = x.detach().to(memory_format=torch.channels_last).requires_grad_()
     kept = Int8Weight.of(weight)
     settings = (bias, *shape[3:])
-    y, expected = conv2d_int8(x, kept, *settings), F.conv2d(x, kept.dequantised(torch.float32), *settings)
+    y, expected = conv2d_frozen(x, kept, *settings), F.conv2d(x, kept.dequantised(torch.float32), *settings)
     torch.testing.assert_close(y, expected)
     dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
     if channels_last:
@@ -64,7 +64,7 @@ def test_keeps_nothing_where_torch_keeps_its_input():
     assert not [t for t in saved if t.numel() > 1]
     y.sum().backward()
     assert x.grad is not None
-    assert not saved_by(lambda: conv2d_int8(x, Int8Weight.of(weight), bias, padding=1))[0]
+    assert not saved_by(lambda: conv2d_frozen(x, Int8Weight.of(weight), bias, padding=1))[0]
 
 
 def test_a_picture_that_needs_no_gradient_gets_none():
@@ -76,6 +76,7 @@ def test_a_picture_that_needs_no_gradient_gets_none():
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("shape", [(320, 320, 3, 1, 1), (960, 320, 3, 1, 1), (640, 640, 3, 2, 1), (960, 320, 1, 1, 0)])
@@ -89,7 +90,7 @@ def test_on_a_gpu_at_sizes_of_sdxl(dtype, channels_last, shape):
     x.requires_grad_()
     kept = Int8Weight.of(weight)
     for y, dense in ((conv2d_frozen(x, weight, None, stride, padding), weight),
-                     (conv2d_int8(x, kept, None, stride, padding), kept.dequantised(dtype))):
+                     (conv2d_frozen(x, kept, None, stride, padding), kept.dequantised(dtype))):
         dy = torch.randn(y.shape, generator=generator).to("cuda", dtype)
         if channels_last:
             dy = dy.to(memory_format=torch.channels_last)

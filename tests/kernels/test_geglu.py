@@ -19,14 +19,6 @@ LIMITS = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 SHAPES = [(77, 80), (1, 2), (3, 5, 2 * 515), (2, 2, 3, 2 * 64)]
 
 
-@pytest.fixture(params=["plain", "triton"])
-def way(request, monkeypatch):
-    if request.param == "triton":
-        pytest.importorskip("triton")
-    monkeypatch.setenv("CRUMB_KERNELS", request.param)
-    return request.param
-
-
 def random(*shape, dtype=torch.float32, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 

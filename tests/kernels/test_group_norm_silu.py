@@ -18,14 +18,6 @@ EPS = 1e-5
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
-@pytest.fixture(params=["plain", "triton"])
-def way(request, monkeypatch):
-    if request.param == "triton":
-        pytest.importorskip("triton")
-    monkeypatch.setenv("CRUMB_KERNELS", request.param)
-    return request.param
-
-
 @pytest.fixture(params=FORMATS)
 def memory_format(request):
     return FORMATS[request.param]

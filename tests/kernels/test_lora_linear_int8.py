@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from crumb.kernels import lora_linear_int8 as int8
+from crumb.kernels.linear import Layer, linear
 from crumb.kernels.lora_linear import PRODUCTS as SIXTEEN_BIT
-from crumb.kernels.lora_linear_int8 import GROUP, linear_int8, lora_linear_int8
+from crumb.kernels.lora_linear_int8 import GROUP, lora_linear_int8
 from crumb.kernels.quantize import Int8Weight
 
 ALL = (True, True, True)
@@ -99,11 +100,11 @@ def test_a_layer_without_a_lora(monkeypatch, way):
     x, dense, bias, lora_A, lora_B, dy = make(40, 200, 150, 4)
     weight = Int8Weight.of(dense)
     x.requires_grad_()
-    y = linear_int8(x, weight, bias)
+    y = linear(x, Layer(weight, bias))
     right, right_dx, *_ = by_autograd(x, weight, bias, lora_A, lora_B, 0.0, dy)
     assert difference(y, right) < 1e-5
     assert difference(torch.autograd.grad(y, x, dy)[0], right_dx) < 1e-5
-    assert linear_int8(x.detach(), weight, bias).grad_fn is None
+    assert linear(x.detach(), Layer(weight, bias)).grad_fn is None
 
 
 @pytest.mark.parametrize("outliers", [False, True])
@@ -210,7 +211,7 @@ def test_keeps_x_once_and_the_weight_by_reference():
     weight.values, weight.scales = weight.values.clone(), weight.scales.clone()  # as after a trip to the host
     for one, other in zip(before, torch.autograd.grad(y, leaves, dy)):
         assert torch.equal(one, other)
-    assert not saved_by(lambda: linear_int8(x, weight, bias))[0]
+    assert not saved_by(lambda: linear(x, Layer(weight, bias)))[0]
 
 
 def test_factors_that_are_not_trained_cost_nothing():
@@ -226,6 +227,7 @@ SDXL = [(4096, 640, 640), (1024, 1280, 1280), (77, 2048, 1280), (4096, 640, 5120
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("rank", [4, 16, 128])
 @pytest.mark.parametrize("shape", SDXL)
@@ -243,6 +245,7 @@ def test_on_a_gpu_at_sizes_of_sdxl(dtype, rank, shape):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_a_gpu_without_the_kernels_multiplies_dequantised(monkeypatch):
     monkeypatch.setenv("CRUMB_KERNELS", "plain")
     x, dense, bias, lora_A, lora_B, dy = make(77, 640, 1280, 16, dtype=torch.float16, device="cuda")

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from crumb.kernels import lora_linear_nf4 as nf4
+from crumb.kernels.linear import Layer, linear
 from crumb.kernels.lora_linear import lora_linear
-from crumb.kernels.lora_linear_nf4 import linear_nf4, lora_linear_nf4
+from crumb.kernels.lora_linear_nf4 import lora_linear_nf4
 from crumb.kernels.quantize import NF4Weight
 
 
@@ -57,7 +58,7 @@ def test_a_layer_without_a_lora_keeps_nothing():
     x, weight, bias, *_, dy = make(9, 128, 70, 4)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        y = linear_nf4(x, weight, bias)
+        y = linear(x, Layer(weight, bias))
     assert not saved
     dense = weight.dequantised(torch.float32)
     torch.testing.assert_close(y, torch.nn.functional.linear(x, dense, bias))
@@ -74,6 +75,7 @@ def test_keeps_x_once():
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(4096, 640, 5120), (1024, 5120, 1280), (77, 2048, 640)])
 def test_on_a_gpu_at_sizes_of_sdxl(dtype, shape):

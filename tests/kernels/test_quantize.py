@@ -149,6 +149,7 @@ def test_the_buffer_is_the_same_memory_until_a_larger_weight_comes():
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("kind", [Int8Weight, NF4Weight])
 def test_a_gpu_quantises_as_the_processor_does(kind):
     weight = make(1280, 5120, dtype=torch.float16)
