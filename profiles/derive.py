@@ -21,6 +21,9 @@ from crumb.profiles.vram import estimate_vram_gib
 COUNT_RANGE = {"character": (10, 50), "face": (10, 50), "style": (100, 4000), "concept": (50, 2000)}
 """Pictures a set should have, by subject (DATA-COUNT); a face counts as a character."""
 
+FP16_BELOW_GIB = 16e9 / 2**30
+"""The guide's 16 GB; a card sold with 16 reports 15 to 16 GiB, less where it corrects errors in memory."""
+
 LARGE_SET = 100
 """Pictures from which on the guide speaks of a large set (RANK-RAISE)."""
 MIN_FITTED_RANK = 8
@@ -60,12 +63,19 @@ def derive(answers: Answers, whole_scan: Scan, base: BaseModel, gpu: Gpu) -> Der
 def _derive_precision(result: Derivation, gpu: Gpu) -> None:
     if gpu.vram_gib == 0:
         result.put("mixed_precision", "no", "PREC-MIXED", "no GPU: fp32, which is what processors are fast at")
-    elif gpu.has_bf16:
-        result.put("mixed_precision", "bf16", "PREC-MIXED",
-                   f"{gpu.name} has bf16, the best choice where it exists (the guide's fp16 below 16 GB is for "
-                   f"cards without it: both take the same memory)")
+    elif not gpu.has_bf16:
+        reason = f"{gpu.name} is older than RTX 30 and has no bf16"
+        if "fp16_convolutions" in gpu.quirks:
+            reason += "; convolutions in fp16, which some GTX 16 cards compute wrongly, are tried before the run"
+        result.put("mixed_precision", "fp16", "PREC-MIXED", reason)
+    elif gpu.vram_gib < FP16_BELOW_GIB:
+        result.put("mixed_precision", "fp16", "PREC-MIXED",
+                   f"the guide's choice below 16 GB of VRAM. {gpu.name} has bf16 too, the best choice by the guide's own word: "
+                   f"as small and as fast, and it can't overflow, so no step is dropped and nothing scaled. "
+                   f"--set mixed_precision=bf16 takes it")
     else:
-        result.put("mixed_precision", "fp16", "PREC-MIXED", f"{gpu.name} is older than RTX 30 and has no bf16")
+        result.put("mixed_precision", "bf16", "PREC-MIXED",
+                   f"{gpu.name} has bf16, the best choice where it exists, and 16 GB of VRAM or more")
     result.put("save_precision", "fp16", "PREC-SAVE", "the guide's default; every program reads it, half the size of float")
 
 
@@ -216,6 +226,9 @@ def _warn(result: Derivation, answers: Answers, scan: Scan, base: BaseModel, gpu
     if result.value("alpha") > result.value("rank"):
         result.warn("ALPHA-HALF", f"alpha {result.value('alpha'):g} is above rank {result.value('rank')}: permitted, "
                                   f"likely to give an unexpected LoRA.")
+    if gpu.vram_gib and result.value("mixed_precision") == "bf16" and not gpu.has_bf16:
+        result.warn("PREC-MIXED", f"mixed_precision is bf16, which {gpu.name} does not have: the run will be refused there. "
+                                  f"fp16 works.")
     _warn_of_optimizer(result, result.value("optimizer"))
     _warn_of_noise(result)
     _warn_of_blocks(result)

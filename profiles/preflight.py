@@ -65,7 +65,13 @@ def steps_of_several(num_processes: int, batch_size: int, accumulation: int) -> 
 
 
 def _check_device(plan: Plan) -> None:
-    if plan.device == "cpu" or detect_gpu():
+    if plan.device == "cpu":
+        return
+    gpu = detect_gpu()
+    if gpu:
+        if plan.mixed_precision == "bf16" and not gpu.has_bf16:
+            raise RequestError(f"The plan says mixed_precision = \"bf16\", which {gpu.name} does not have: it came with RTX 30. "
+                               f"Set it to \"fp16\" (guide: PREC-MIXED).")
         return
     if plan.device == "cuda":
         raise RequestError("The plan says device = \"cuda\", but no NVIDIA GPU answers here. Check the driver with `crumb "

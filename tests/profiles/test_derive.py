@@ -31,14 +31,28 @@ def derived(gpu="RTX 3060", num_pictures=20, vram_gib=None, **answers):
 
 @pytest.mark.parametrize(("gpu", "mixed", "rule_words"), [
     ("RTX 4090", "bf16", "best choice"),
-    ("RTX 3060 12GB", "bf16", "best choice"),
+    ("RTX 4080", "bf16", "16 GB of VRAM or more"),
+    ("A2", "bf16", "best choice"),
+    ("RTX 3060 12GB", "fp16", "--set mixed_precision=bf16"),
+    ("RTX 4060", "fp16", "the guide's choice below 16 GB"),
+    ("T4", "fp16", "older than RTX 30"),
     ("RTX 2060", "fp16", "older than RTX 30"),
     ("GTX 1660 SUPER", "fp16", "older than RTX 30"),
+    ("GTX 1650", "fp16", "are tried before the run"),
     ("cpu", "no", "fp32"),
 ])
 def test_precision(gpu, mixed, rule_words):
     value = derived(gpu).values["mixed_precision"]
     assert (value.value, value.rule) == (mixed, "PREC-MIXED") and rule_words in value.reason
+
+
+def test_precision_is_one_setting_to_change():
+    assert derived("RTX 4060", overrides={"mixed_precision": "bf16"}).value("mixed_precision") == "bf16"
+    assert derived("A2", vram_gib=15.0).value("mixed_precision") == "bf16", "16 GB with error correction"
+    assert derived("RTX 4080", vram_gib=12).value("mixed_precision") == "fp16"
+    told = {gpu: [w["rule"] for w in derived(gpu, overrides={"mixed_precision": "bf16"}).warnings]
+            for gpu in ("RTX 2060", "RTX 4060")}
+    assert "PREC-MIXED" in told["RTX 2060"] and "PREC-MIXED" not in told["RTX 4060"]
 
 
 @pytest.mark.parametrize(("subject", "look", "num_pictures", "vram_gib", "rank", "alpha"), [
@@ -80,14 +94,17 @@ def test_other_optimizers_come_with_the_guides_settings():
 
 
 def test_what_varying_captions_cost_is_said():
-    """20 captions of one tag behind a trigger word can't be shuffled; of three tags each is nine texts of 0.3 MB in bf16."""
+    """20 captions of one tag behind a trigger word can't be shuffled; of three tags each is nine texts, of 0.6 MB in fp32."""
     assert "each is encoded once" in derived().values["caption_variants"].reason
     assert "20 texts in all" in derived(overrides={"shuffle_captions": True}).values["caption_variants"].reason
     pictures = [replace(picture, caption=f"a, b, c{n}") for n, picture in enumerate(scan(20).pictures)]
     answers = Answers(images="p", base="b", trigger="ohwx", gpu="RTX 3070", overrides={"tag_dropout": 0.1})
     reason = derive(answers, replace(scan(20), pictures=pictures), BASE, resolve_gpu("RTX 3070", None)).values[
         "caption_variants"].reason
-    assert "180 texts in all" in reason and "57 MB" in reason  # 180 x (77 x 2048 + 1280) x 2 bytes
+    assert "180 texts in all" in reason and "114 MB" in reason  # 180 x (77 x 2048 + 1280) x 4 bytes
+    answers = replace(answers, overrides=answers.overrides | {"mixed_precision": "bf16"})
+    assert "57 MB" in derive(answers, replace(scan(20), pictures=pictures), BASE, resolve_gpu("RTX 3070", None)).values[
+        "caption_variants"].reason
     learning = derived(overrides={"shuffle_captions": True, "text_encoder_learning_rate": 1e-5})
     assert "encoded anew" in learning.values["caption_variants"].reason
     assert (derived().value("keep_tokens"), derived(overrides={"keep_tokens": 3}).value("keep_tokens")) == (1, 3)

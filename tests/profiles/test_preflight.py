@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from crumb.profiles import preflight as preflight_module
 from crumb.profiles.answers import Answers
 from crumb.profiles.errors import RequestError
+from crumb.profiles.hardware import resolve_gpu
 from crumb.profiles.interview import conclude
 from crumb.profiles.preflight import preflight
 
@@ -90,6 +91,10 @@ def test_what_the_machine_or_the_vae_cant_give_is_named(tiny_base, tmp_path, mak
         with pytest.raises(RequestError, match=words):
             preflight(make_plan(**settings | wrong))
     assert len(preflight(make_plan(device="auto", **settings)).scan.pictures) == 1
+    monkeypatch.setattr(preflight_module, "detect_gpu", lambda: resolve_gpu("RTX 2060"))
+    with pytest.raises(RequestError, match=r'bf16.*RTX 2060 does not have.*"fp16"'):
+        preflight(make_plan(**settings | {"device": "cuda", "mixed_precision": "bf16"}))
+    assert preflight(make_plan(**settings | {"device": "cuda", "mixed_precision": "fp16"}))
 
 
 def test_zero_terminal_snr_of_a_base_that_tells_noise_is_warned_of(plan_of):
