@@ -3,9 +3,9 @@
     python -P benchmarks/rounding.py
 
 Prints the table of docs/kernels.md: for each way of rounding the least and the most relative error of y = x Wᵀ and of
-dX = dy W over the shapes. Rows of W differ in size (log-normal, standard deviation 0.4, every third of the rows begins with
-one 4 times larger) and so do columns of dy (standard deviation 1); with outliers six channels of x are 20 to 60 times the
-others. All else is normal noise.
+dX = dy W over the shapes. Rows of W differ in size (log-normal, standard deviation 0.4, and three or four are 4 times larger
+still), and so do columns of dy (standard deviation 1); with outliers six channels of x are 20 to 60 times the others. All else
+is normal noise.
 """
 
 import math
@@ -94,7 +94,7 @@ def main() -> None:
     print("| | y | y, outliers | dX |\n|---|---|---|---|")
     for name in WAYS:
         ranges = [found[name, column] for column in ("y", "y, outliers", "dX")]
-        print(f"| {name} | " + " | ".join(f"{min(errors):.1%} to {max(errors):.1%}" for errors in ranges) + " |")
+        print(f"| {name} | " + " | ".join(f"{100 * min(errors):.1f}-{100 * max(errors):.1f} %" for errors in ranges) + " |")
 
 
 if __name__ == "__main__":
