@@ -17,6 +17,9 @@ OPTIONAL = {
 }
 """In the order in which they import each other."""
 
+TRIED = {"xformers": "xformers.ops"}
+"""What diffusers imports of a package, where that is more than its top."""
+
 
 def hide_broken_packages(warn: Callable[[str], None]) -> None:
     """Imports each; one that fails is treated as not installed from here on, with a sentence to `warn`."""
@@ -26,7 +29,7 @@ def hide_broken_packages(warn: Callable[[str], None]) -> None:
         if importlib.util.find_spec(name) is None:
             continue
         try:
-            importlib.import_module(name)
+            importlib.import_module(TRIED.get(name, name))
         except Exception as error:  # a broken wheel raises anything
             for module in [module for module in sys.modules if module == name or module.startswith(f"{name}.")]:
                 del sys.modules[module]

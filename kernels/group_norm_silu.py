@@ -296,16 +296,21 @@ def _grid_and_launch(x: Tensor, step: str) -> tuple[tuple[int, int, int], Launch
 def _forward_plain(x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float,
                    activation: bool) -> tuple[Tensor, Tensor, Tensor]:
     y, mean, rstd = torch.native_group_norm(
-        _for_stable_variance(x), _affine(x, weight), _affine(x, bias), *_sizes(x), num_groups, eps)
+        _for_torchs_forward(x), _affine(x, weight), _affine(x, bias), *_sizes(x), num_groups, eps)
     if activation:
         F.silu(y, inplace=True)
     return y.contiguous(memory_format=_format_of(x)), mean, rstd
 
 
-def _for_stable_variance(x: Tensor) -> Tensor:
+def _for_torchs_forward(x: Tensor) -> Tensor:
     """On a processor torch takes the variance of channels_last as the mean square less the squared mean, in fp32 also for
     fp32: enough for 16-bit x, wrong by a factor for an fp32 mean 1000 times the deviation. Contiguous x has no such flaw."""
-    return x.contiguous() if x.device.type == "cpu" and x.dtype.itemsize > 2 else x
+    return x.contiguous() if x.is_cuda or x.dtype.itemsize > 2 else x
+
+
+def _for_torchs_backward(x: Tensor) -> Tensor:
+    """On a GPU torch's own functions know contiguous memory only: forward refuses any other, backward reads it wrongly."""
+    return x.contiguous() if x.is_cuda else x
 
 
 @torch.no_grad()
@@ -321,7 +326,8 @@ def _backward_plain(dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: T
         z = _normalised_plain(x, mean, rstd, weight, bias)
         dy = torch.ops.aten.silu_backward.grad_input(dy, z, grad_input=z)
     dx, _, _ = torch.ops.aten.native_group_norm_backward(
-        dy, x, mean, rstd, _affine(x, weight), *_sizes(x), mean.shape[1], [True, False, False])
+        _for_torchs_backward(dy), _for_torchs_backward(x), mean, rstd, _affine(x, weight), *_sizes(x), mean.shape[1],
+        [True, False, False])
     return dx.contiguous(memory_format=_format_of(x))
 
 
@@ -334,5 +340,5 @@ def _normalised_plain(x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bia
 
 
 def _affine(x: Tensor, parameter: Tensor) -> Tensor:
-    """On a processor torch gives mean and rstd in the dtype of weight and bias, on a GPU these must have x's own."""
+    """On a processor torch gives mean and rstd in the dtype of weight and bias; on a GPU all of these must have x's own."""
     return parameter.float() if x.device.type == "cpu" and x.dtype.itemsize == 2 else parameter.to(x.dtype)

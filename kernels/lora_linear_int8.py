@@ -20,7 +20,7 @@ innermost, and 8-bit values can't be turned on their way from shared memory: rea
 eight loads for every instruction of the product.
 
 A group of 128 rather than a whole row: where a few channels are 20 to 60 times the others, as behind a LayerNorm, a row's
-scale leaves the others a handful of steps, and y is off by 6 to 10 % rather than 2.5 %; dX by 3 to 5 % rather than 1.7 %.
+scale leaves the others a handful of steps, and y is off by 4 to 10 % rather than 2.5 %; dX by 2 to 6 % rather than 2 %.
 A group also needs no second look at the row. Its int32 sums are turned to fp32 once for 128 products.
 
 Where Triton can't do this, a GPU multiplies by the weight dequantised to 16 bit, through one buffer, which is more

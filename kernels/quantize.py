@@ -7,8 +7,8 @@ NF4Weight:  W[i]    ≈ a[i // 64] · C[c[i]]     i counts the weights in row-ma
             (Dettmers et al. 2023, "QLoRA", sections 3 and appendix E); 0.5 + 1/64 + 8/16384 bytes a weight
 
 A scale per row rather than per matrix: rows differ in size by a few times and a few are far larger, so one scale
-for all costs 3 to 20 times the error. It serves both directions: y = x Wᵀ multiplies column n of the result by s[n],
-and dX = dy W takes s[n] into dy before dy is quantised (lora_linear_int8.py).
+for all costs 3 to 7 times the error (benchmarks/rounding.py). It serves both directions: y = x Wᵀ multiplies column n
+of the result by s[n], and dX = dy W takes s[n] into dy before dy is quantised (lora_linear_int8.py).
 
 Quantising works through a weight in pieces, so that it takes a few MB beside the weight and the result.
 """

@@ -94,6 +94,7 @@ def examine() -> list[Finding]:
         *([_gpu_speed(gpu)] if gpu else []),
         *_packages(gpu),
         _kernels(),
+        _attention(),
     ]
 
 
@@ -157,17 +158,32 @@ def _gpu_speed(gpu: Gpu) -> Finding:
 
 
 def _kernels() -> Finding:
-    """Which of crumb's operations run by its own Triton kernels here; asked in a process that may load torch."""
-    try:
-        done = subprocess.run([sys.executable, "-P", "-m", "crumb.kernels.dispatch"], capture_output=True, text=True,
-                              timeout=PROBE_TIMEOUT_S, stdin=subprocess.DEVNULL)
-        ways = json.loads(done.stdout)
-    except (subprocess.TimeoutExpired, ValueError):
+    """Which of crumb's operations run by its own Triton kernels here."""
+    ways = _said_by("crumb.kernels.dispatch")
+    if ways is None:
         return Finding("kernels", "broken", "they can't be loaded", "nothing can be trained; look at torch and triton above")
     names_by_reason: dict[str, list[str]] = {}
     for name, way in ways.items():
         names_by_reason.setdefault(("Triton" if way["triton"] else "plain torch") + f" ({way['why']})", []).append(name)
     return Finding("kernels", "ok", "; ".join(f"{reason}: {', '.join(names)}" for reason, names in names_by_reason.items()))
+
+
+def _attention() -> Finding:
+    """Torch's own or xformers', as a run of full size would choose it here."""
+    choice = _said_by("crumb.engine.model.attention")
+    if choice is None:
+        return Finding("attention", "broken", "it can't be measured", "look at torch and the GPU above")
+    return Finding("attention", "ok", choice["reason"])
+
+
+def _said_by(module: str) -> dict | None:
+    """The JSON that a module prints, run in a process that may load torch; None where it has none."""
+    try:
+        done = subprocess.run([sys.executable, "-P", "-m", module], capture_output=True, text=True,
+                              timeout=PROBE_TIMEOUT_S, stdin=subprocess.DEVNULL)
+        return json.loads(done.stdout)
+    except (subprocess.TimeoutExpired, ValueError):
+        return None
 
 
 def _packages(gpu: Gpu | None) -> list[Finding]:

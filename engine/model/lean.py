@@ -4,6 +4,7 @@ diffusers' modules stay in place with their weights, names and LoRA layers; only
 whose LoRA layers leave something out at random computes as diffusers wrote it.
 """
 
+from collections import Counter
 from functools import partial
 
 from diffusers.models.attention import BasicTransformerBlock
@@ -12,27 +13,42 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel, Tra
 from torch import Tensor, is_grad_enabled, nn
 from torch.nn import functional as F
 
+from crumb.engine.model.attention import Attend, Shape, attend
 from crumb.engine.network.lora import LoRALayer
 from crumb.kernels.feed_forward import feed_forward
 from crumb.kernels.group_norm_silu import group_norm_silu
 from crumb.kernels.linear import Layer
 from crumb.kernels.norm_conv import ConvLayer, norm_conv
 from crumb.kernels.norm_linears import Norm, norm_linears
+from crumb.profiles.base_model import VAE_SCALE
 
 
-def make_lean(unet: nn.Module, keep_int8: bool = False) -> None:
+def make_lean(unet: nn.Module, keep_int8: bool = False, attend: Attend = attend) -> None:
     """Changes how the U-Net's blocks compute, in place. `keep_int8`: what is kept of the feed-forward parts takes half."""
     for module in unet.modules():
         if any(isinstance(layer, LoRALayer) and layer.dropout.is_on for layer in module.modules()):
             continue
         if isinstance(module, BasicTransformerBlock):
-            module.forward = partial(transformer_block, module, keep_int8)
+            module.forward = partial(transformer_block, module, keep_int8, attend)
         elif isinstance(module, ResnetBlock2D):
             module.forward = partial(resnet_block, module)
         elif isinstance(module, Transformer2DModel):
             module.forward = partial(transformer_2d, module)
     unet.conv_norm_out.forward = partial(_norm_silu, unet.conv_norm_out)
     unet.conv_act = nn.Identity()
+
+
+def attention_shapes(unet: nn.Module, batch_size: int, resolution: int, num_text_tokens: int = 77) -> dict[Shape, int]:
+    """The attentions of a pass over pictures of the most tokens that a resolution has, and how many there are of each."""
+    shapes, deepest = Counter(), len(unet.down_blocks) - 1
+    for name, module in unet.named_modules():
+        if isinstance(module, BasicTransformerBlock):
+            part, number = name.split(".")[:2]
+            level = int(number) if part == "down_blocks" else deepest - int(number) if part == "up_blocks" else deepest
+            num_tokens = (resolution // VAE_SCALE // 2**level) ** 2
+            heads = module.attn1.heads, module.attn1.inner_dim // module.attn1.heads
+            shapes.update(Shape(batch_size, num_tokens, num_keys, *heads) for num_keys in (num_tokens, num_text_tokens))
+    return dict(shapes)
 
 
 def transformer_2d(model: Transformer2DModel, hidden_states: Tensor, encoder_hidden_states: Tensor, *_,
@@ -50,8 +66,8 @@ def transformer_2d(model: Transformer2DModel, hidden_states: Tensor, encoder_hid
     return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
 
-def transformer_block(block: BasicTransformerBlock, keep_int8: bool, hidden_states: Tensor, _attention_mask: None,
-                      encoder_hidden_states: Tensor) -> Tensor:
+def transformer_block(block: BasicTransformerBlock, keep_int8: bool, attend: Attend, hidden_states: Tensor,
+                      _attention_mask: None, encoder_hidden_states: Tensor) -> Tensor:
     """Self-attention, attention to the text, feed-forward; each reads the normalised residual stream (B, tokens, d)."""
     attention = block.attn1
     query, key, value = norm_linears(hidden_states, _norm(block.norm1),
@@ -63,12 +79,6 @@ def transformer_block(block: BasicTransformerBlock, keep_int8: bool, hidden_stat
     hidden_states = hidden_states + attention.to_out[0](attend(query, key, value, attention.heads))
     projection, _, out = block.ff.net
     return feed_forward(hidden_states, _norm(block.norm3), _layer(projection.proj), _layer(out), keep_int8)
-
-
-def attend(query: Tensor, key: Tensor, value: Tensor, num_heads: int) -> Tensor:
-    """softmax(q kᵀ / √head width) v; all (B, tokens, d), split into heads as views."""
-    query, key, value = (t.unflatten(-1, (num_heads, -1)).transpose(1, 2) for t in (query, key, value))
-    return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
 
 
 def resnet_block(block: ResnetBlock2D, input_tensor: Tensor, temb: Tensor, *_) -> Tensor:

@@ -108,6 +108,7 @@ def _nf4(dtype: str) -> Case:
                 {"codes": "*u8", "block_codes": "*u8", "group_ranges": "*fp32", "table": "*fp32", "out": f"*{dtype}",
                  "num_weights": "i32"}, {"NF4_BLOCK": 64, "NF4_GROUP": 256}, ("num_weights",))
 
+
 MOMENTS = {"m_ptr": "*i8", "v_ptr": "*u8", "m_scale_ptr": "*fp32", "v_scale_ptr": "*fp32"}
 FLAT = {"p_ptr": "*fp32", **MOMENTS, "tensor_of_ptr": "*i32", "active_ptr": "*fp32", **dict.fromkeys(
     ("first_block", "num_blocks"), "i32")}
@@ -139,7 +140,7 @@ CASES: list[Case] = [
         ("fp16", 128, True))),
     _multiply("bf16", 16, False, "_small", bias=False, even_rows=False),
     _multiply("fp16", 128, True, "_small"),
-    _multiply("bf16", 16, False, "_small", even=False),  # of the time, 320 wide
+    _multiply("bf16", 16, False, "_small", even=False),  # widths that are no multiple of 128: of small bases
     Case("lora_linear_int8.transpose_kernel", "int8_transpose",
          {"matrix": "*i8", "out": "*i8", "num_rows": "i32", "num_columns": "i32"}, {}, ("num_rows", "num_columns"),
          first=80),

@@ -72,7 +72,7 @@ def sdxl_shapes():
 
 @pytest.fixture(params=["plain", "triton"])
 def way(request, monkeypatch):
-    """A test that asks for it runs by plain torch and by the Triton kernels, here under the interpreter."""
+    """A test that asks for it runs by plain torch and by the Triton kernels, without a GPU under the interpreter."""
     if request.param == "triton":
         pytest.importorskip("triton")
     monkeypatch.setenv("CRUMB_KERNELS", request.param)

@@ -99,6 +99,8 @@ def test_on_a_gpu_it_asks_nothing_and_equals_plain_torch(monkeypatch, sdxl_shape
             optimizer.clip_gradients(1.0)
             optimizer.step()
         torch.cuda.set_sync_debug_mode("default")
-    # Two codes of 8 bits may be taken for a value that falls between them differently by its last bit.
-    wrong = (optimizers["triton"].masters - optimizers["plain"].masters).abs() > 1e-5
-    assert wrong.float().mean() < (1e-4 if bits == 8 else 1e-9)
+    # Either code of 8 bits may be taken for a value between them: roots and quotients that a GPU gives to 2 units in the last
+    # place make that 4 in 10,000 weights after five steps, 3e-4 apart at most. A block that is left out is 2e-3 apart or more.
+    difference = (optimizers["triton"].masters - optimizers["plain"].masters).abs()
+    assert (difference > 1e-5).float().mean() < (2e-3 if bits == 8 else 1e-9)
+    assert difference.max() < 1e-3

@@ -183,7 +183,7 @@ def test_int8_codes_are_the_same_both_ways(monkeypatch):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("num_rows", "d"), [(4096, 2560), (1024, 5120)])
-def test_on_a_gpu(dtype, num_rows, d):
+def test_on_a_gpu(way, dtype, num_rows, d):
     projected = heavy_tailed(num_rows, d, dtype).cuda()
     dh = random(num_rows, d, dtype=dtype, seed=1).cuda()
     h_exact, d_exact = exact(dh, projected)

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from diffusers.models.resnet import ResnetBlock2D
 
+from crumb.kernels.dispatch import uses_triton
 from crumb.kernels.group_norm_silu import (
     group_norm_silu,
     group_norm_silu_again,
@@ -52,7 +53,8 @@ def assert_all_close(x, num_groups, weight, bias, dy, limit, activation=True):
     y_exact, dx_exact = exact(x, num_groups, weight, bias, dy, activation)
     y, mean, rstd = group_norm_silu_forward(x, num_groups, weight, bias, EPS, activation)
     assert (mean.shape, rstd.shape) == ((x.shape[0], num_groups),) * 2
-    assert (mean.dtype, rstd.dtype) == (torch.float32,) * 2
+    if not x.is_cuda or uses_triton("group_norm_silu", x):  # torch's own on a GPU keeps them as it keeps x
+        assert (mean.dtype, rstd.dtype) == (torch.float32,) * 2
     again = group_norm_silu_again(x, mean, rstd, weight, bias, activation)
     dx = group_norm_silu_backward(dy, x, mean, rstd, weight, bias, activation)
     for name, value, reference in (("y", y, y_exact), ("y again", again, y_exact), ("dx", dx, dx_exact)):
@@ -155,7 +157,7 @@ def test_keeps_x_uncopied_and_two_numbers_a_group(way, memory_format):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("shape", [
     (1, 320, 128, 128), (2, 960, 128, 128), (1, 1920, 64, 64), (1, 2560, 32, 32), (1, 640, 26, 38)])
-def test_on_a_gpu(memory_format, dtype, shape):
+def test_on_a_gpu(way, memory_format, dtype, shape):
     x, weight, bias, dy = (t.cuda() for t in make(shape, dtype))
     x, dy = x.contiguous(memory_format=memory_format), dy.contiguous(memory_format=memory_format)
     first, second = (assert_all_close(x, 32, weight, bias, dy, LIMITS[dtype]) for _ in range(2))

@@ -100,5 +100,5 @@ def test_keeps_x_and_two_numbers_a_row(way):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("shape", [(1, 4096, 640), (2, 1024, 1280), (77, 768), (3, 4096), (3, 5000)])
-def test_on_a_gpu(dtype, shape):
+def test_on_a_gpu(way, dtype, shape):
     assert_all_close(*(t.cuda() for t in make(shape, dtype)), LIMITS[dtype])
