@@ -70,8 +70,8 @@ def _check_device(plan: Plan) -> None:
     gpu = detect_gpu()
     if gpu:
         if plan.mixed_precision == "bf16" and not gpu.has_bf16:
-            raise RequestError(f"The plan says mixed_precision = \"bf16\", which {gpu.name} does not have: it came with RTX 30. "
-                               f"Set it to \"fp16\" (guide: PREC-MIXED).")
+            raise RequestError(f"The plan says mixed_precision = \"bf16\", which {gpu.name} does not have: it came with RTX "
+                               f"30. Set it to \"fp16\" (guide: PREC-MIXED).")
         return
     if plan.device == "cuda":
         raise RequestError("The plan says device = \"cuda\", but no NVIDIA GPU answers here. Check the driver with `crumb "

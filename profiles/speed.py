@@ -3,7 +3,7 @@
 What a card really needs is learned from its own runs: profiles/measured.py keeps them and gives the factor.
 """
 
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 
 from crumb.profiles.gpu_table import Gpu
 
@@ -62,8 +62,8 @@ class Work:
 
     @property
     def backwards(self) -> Pass:
-        """All that happens between the loss and the last gradient."""
-        return self.backward + self.recomputed
+        """All that happens between the loss and the last gradient. What is computed again is fetched only once for both."""
+        return replace(self.backward + self.recomputed, streamed_bytes=self.backward.streamed_bytes)
 
 
 @dataclass(frozen=True)

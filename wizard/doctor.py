@@ -20,6 +20,10 @@ from crumb.wizard import terminal
 
 GIB = 2**30
 MIN_FREE_GIB = 2
+TURING = 7.5
+SLOW_LINK_GB_PER_S = 8
+"""Below PCIe 3.0 x16 and 4.0 x8, the least that cards are made for: a slot of fewer lanes, or of an old board."""
+
 PROBE_TIMEOUT_S = 180
 
 PACKAGES = {
@@ -87,6 +91,7 @@ def examine() -> list[Finding]:
         _disk("runs", runs_folder()),
         _login_session(),
         _gpu(gpu),
+        *([_gpu_speed(gpu)] if gpu else []),
         *_packages(gpu),
         _kernels(),
     ]
@@ -131,9 +136,24 @@ def _gpu(gpu: Gpu | None) -> Finding:
         return Finding("gpu", "missing", "no NVIDIA card or driver answers",
                        "training runs on the processor, which is only practical for `crumb demo`")
     detail = f"{gpu.name}, {gpu.vram_gib:g} GiB, {gpu.free_gib or 0:.1f} free, compute capability {gpu.compute_capability}"
-    if not gpu.has_bf16:
-        return Finding("gpu", "ok", detail, "no bf16 on this card, so training uses fp16")
-    return Finding("gpu", "ok", detail)
+    consequences = ["no bf16 on this card, so training uses fp16"] if not gpu.has_bf16 else []
+    if gpu.compute_capability < TURING:
+        consequences.append("torch leaves this card out of its builds for CUDA 12.8 and later; take the one for CUDA 12.6")
+    if "fp16_convolutions" in gpu.quirks:
+        consequences.append("convolutions in fp16, which some GTX 16 cards compute wrongly, are tried before a run")
+    return Finding("gpu", "ok", ". ".join([detail, *filter(None, [gpu.note.rstrip(".")])]), "; ".join(consequences))
+
+
+def _gpu_speed(gpu: Gpu) -> Finding:
+    """What the card should compute and move, by the table; nothing is measured here."""
+    if not gpu.fp16_tflops:
+        return Finding("gpu speed", "ok", "not known for this card")
+    precision = "bf16 and fp16" if gpu.bf16_tflops else "fp16"
+    detail = (f"{gpu.fp16_tflops:.1f} TFLOP/s in {precision}, {gpu.int8_tops:.1f} TOPS in int8 ({gpu.rates_from}); its memory "
+              f"{gpu.bandwidth_gb_per_s:.0f} GB/s; PCIe {gpu.pcie_generation}.0 x{gpu.pcie_lanes}, about "
+              f"{gpu.pcie_gb_per_s:.0f} GB/s")
+    return Finding("gpu speed", "ok", detail, "" if gpu.pcie_gb_per_s >= SLOW_LINK_GB_PER_S else
+                   "a base that does not fit the card would be streamed slowly; see whether it sits in the board's fast slot")
 
 
 def _kernels() -> Finding:

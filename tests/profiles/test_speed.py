@@ -32,6 +32,8 @@ def test_transfers_hide_behind_work_pass_by_pass():
     assert large.seconds == pytest.approx(1.46)
     assert "2 x 2.4 GB over PCIe at 12 GB/s = 0.40 s, hidden behind it" in large.explain()
     assert small.seconds == pytest.approx(0.40, abs=0.005) and "s of it waited for" in small.explain()
+    again = seconds_per_step(Work(FORWARD + STREAMED, BACKWARD + STREAMED, FORWARD + STREAMED), CARD, "bf16", **EXACT)
+    assert again.backward.transfer_s == pytest.approx(0.2, abs=0.005), "a block that is computed again is there already"
     one_sided = seconds_per_step(Work(FORWARD * 0.1 + STREAMED, BACKWARD), CARD, "bf16", **EXACT)
     assert one_sided.seconds == pytest.approx(0.2 + 0.78, abs=0.005), "work of one pass hides no transfer of the other"
 

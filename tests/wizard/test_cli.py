@@ -7,9 +7,11 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
+from crumb.profiles.hardware import Gpu, resolve_gpu
 from crumb.profiles.plan import load_plan
 from crumb.wizard import doctor
 from crumb.wizard.cli import build_parser, main
@@ -114,6 +116,17 @@ def test_doctor_tells_what_follows_from_what_is_missing(monkeypatch, capsys):
     assert found["rich"]["status"] == "ok"
     assert found["gpu"]["status"] == "missing" and "processor" in found["gpu"]["consequence"]
     assert {finding["status"] for finding in found.values()} <= {"ok", "missing", "broken"}
+
+
+@pytest.mark.parametrize(("gpu", "speed", "consequence", "speed_consequence"), [
+    (resolve_gpu("RTX 3060 12GB"), "25.5 TFLOP/s in bf16 and fp16, 101.9 TOPS in int8 (28 SMs x 1777 MHz); its memory "
+     "360 GB/s; PCIe 4.0 x16, about 24 GB/s", "", ""),
+    (replace(resolve_gpu("GTX 1650"), pcie_lanes=1), "2.8 TFLOP/s in fp16", "are tried before a run", "streamed slowly"),
+    (resolve_gpu("V100"), "113.0 TFLOP/s", "CUDA 12.6", ""), (Gpu("GTX 1080", 8, 6.1), "not known", "CUDA 12.6", "")])
+def test_doctor_tells_what_a_card_can_do(gpu, speed, consequence, speed_consequence):
+    card, rates = doctor._gpu(gpu), doctor._gpu_speed(gpu)
+    assert speed in rates.detail and consequence in card.consequence and speed_consequence in rates.consequence
+    assert bool(consequence) == bool(card.consequence) and bool(speed_consequence) == bool(rates.consequence)
 
 
 def test_a_package_that_kills_its_process_is_a_finding(tmp_path, monkeypatch):
