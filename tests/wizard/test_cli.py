@@ -119,8 +119,8 @@ def test_doctor_tells_what_follows_from_what_is_missing(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(("gpu", "speed", "consequence", "speed_consequence"), [
-    (resolve_gpu("RTX 3060 12GB"), "25.5 TFLOP/s in bf16 and fp16, 101.9 TOPS in int8 (28 SMs x 1777 MHz); its memory 360 GB/s; "
-     "PCIe 4.0 x16, about 24 GB/s", "", ""),
+    (resolve_gpu("RTX 3060 12GB"), "25.5 TFLOP/s in bf16 and fp16, 101.9 TOPS in int8 (28 SMs x 1777 MHz); its memory "
+     "360 GB/s; PCIe 4.0 x16, about 24 GB/s", "", ""),
     (replace(resolve_gpu("GTX 1650"), pcie_lanes=1), "2.8 TFLOP/s in fp16", "are tried before a run", "streamed slowly"),
     (resolve_gpu("V100"), "113.0 TFLOP/s", "CUDA 12.6", ""), (Gpu("GTX 1080", 8, 6.1), "not known", "CUDA 12.6", "")])
 def test_doctor_tells_what_a_card_can_do(gpu, speed, consequence, speed_consequence):
