@@ -12,6 +12,7 @@ import torch
 
 from crumb.engine.data.prepare import TrainingSet, prepare
 from crumb.engine.memory.placement import Placement, choose_placement, settle_torch
+from crumb.engine.memory.recompute import placeable_blocks, recompute_blocks
 from crumb.engine.model.config import VAE_SCALING_FACTOR
 from crumb.engine.model.frozen import freeze_layers
 from crumb.engine.model.lean import make_lean
@@ -122,7 +123,7 @@ def _assemble(run: RunDirectory, plan: Plan, base: BaseModel, placement: Placeme
         encoders = load_text_encoders(base, placement.dtype, placement.device)
         attach_text_lora(network, encoders, plan)
     if placement.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
+        recompute_blocks(placeable_blocks(unet).values())
     optimizer = make_optimizer(plan, network.rate_groups(plan.lora_plus_ratio))
     scaler = torch.amp.GradScaler(placement.device.type, enabled=placement.dtype == torch.float16)
     trainer = Trainer(plan, unet, network, optimizer, scaler, training_set, placement,

@@ -10,7 +10,7 @@ from functools import partial
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel, Transformer2DModelOutput
-from torch import Tensor, is_grad_enabled, nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from crumb.engine.model.attention import Attend, Shape, attend
@@ -58,10 +58,7 @@ def transformer_2d(model: Transformer2DModel, hidden_states: Tensor, encoder_hid
     tokens = group_norm_silu(hidden_states, norm.num_groups, norm.weight, norm.bias, norm.eps, activation=False)
     tokens = model.proj_in(tokens.flatten(2).transpose(1, 2))
     for block in model.transformer_blocks:
-        if model.gradient_checkpointing and is_grad_enabled():
-            tokens = model._gradient_checkpointing_func(block, tokens, None, encoder_hidden_states)
-        else:
-            tokens = block(tokens, None, encoder_hidden_states)
+        tokens = block(tokens, None, encoder_hidden_states)
     sample = hidden_states + model.proj_out(tokens).transpose(1, 2).unflatten(2, size)
     return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
