@@ -9,12 +9,16 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from crumb.engine.data.prepare import TrainingSet, prepare
-from crumb.engine.memory.placement import Placement, choose_placement, settle_torch
+from crumb.engine.faults import fault
+from crumb.engine.memory.check import check_fit
+from crumb.engine.memory.fitting import fit_into_memory, one_rung_down, predicted_bytes
+from crumb.engine.memory.placement import Placement, choose_placement, free_memory, settle_torch
 from crumb.engine.memory.recompute import placeable_blocks, recompute_blocks
+from crumb.engine.memory.stream import stream_blocks
 from crumb.engine.model.config import VAE_SCALING_FACTOR
-from crumb.engine.model.frozen import freeze_layers
 from crumb.engine.model.lean import make_lean
 from crumb.engine.model.load import load_text_encoders, load_unet
 from crumb.engine.network.lora import Network, attach_lora
@@ -49,6 +53,7 @@ from crumb.profiles.plan import Plan, load_plan
 from crumb.profiles.preflight import preflight, steps_of_several
 from crumb.profiles.sample_prompts import sample_prompts, texts_of
 from crumb.profiles.verdict import Judged, best_of, verdict
+from crumb.profiles.vram import RING_DEPTH
 
 log = logging.getLogger("crumb")
 
@@ -92,12 +97,9 @@ def run_job(run: RunDirectory, events: EventWriter, status: Status) -> int:
     training_set = processes.together(
         lambda: prepare(plan, facts.base, facts.scan, placement, events, progress, processes.share))
 
-    status.update(phase="load")
-    events.emit("phase", phase="load")
-    job, step = _assemble(run, plan, facts.base, placement, training_set, events, status, processes)
-    job.trackers = processes.together(lambda: start_trackers(plan, run) if processes.is_first else [])
-    step = _train(job, step)
-    finish_trackers(job.trackers)
+    trackers = processes.together(lambda: start_trackers(plan, run) if processes.is_first else [])
+    job, step = _train_where_it_fits(run, plan, facts.base, placement, training_set, trackers, events, status, processes)
+    finish_trackers(trackers)
     is_stopped = step < plan.steps
     if processes.is_first and is_stopped:
         if not lora_in_checkpoint(run, step).exists():  # it may just have been saved
@@ -109,28 +111,45 @@ def run_job(run: RunDirectory, events: EventWriter, status: Status) -> int:
     return 3 if is_stopped else 0
 
 
-def _assemble(run: RunDirectory, plan: Plan, base: BaseModel, placement: Placement, training_set: TrainingSet,
+def _train_where_it_fits(run: RunDirectory, plan: Plan, base: BaseModel, placement: Placement, training_set: TrainingSet,
+                         trackers: list, events: EventWriter, status: Status, processes: Processes) -> tuple[Job, int]:
+    """Assembles and trains; where memory runs out, again with less, from the last finished step on."""
+    placement, costs = processes.together(lambda: fit_into_memory(placement, plan, base, run))
+    while True:
+        try:
+            job, step = _assemble(run, plan, base, placement, training_set, trackers, events, status, processes)
+            _prove_fit(job, costs)
+            return job, _train(job, step)
+        except torch.OutOfMemoryError as error:
+            log.warning("out of memory (phase %s)", status.phase, exc_info=True)
+            reason = str(error)
+        # Only here, outside of the handler, is nothing of what failed held any more.
+        job = None
+        free_memory()
+        placement, costs = one_rung_down(placement, plan, base, run, reason, status.phase, status.step, events)
+        if processes.count > 1:
+            raise CrumbError(f"The GPU's memory ran out ({reason}). The processes of a run can't change their ways on the go: "
+                             f"`crumb resume {run.name}` goes on with {costs[0]}.")
+
+
+def _assemble(run: RunDirectory, plan: Plan, base: BaseModel, placement: Placement, training_set: TrainingSet, trackers: list,
               events: EventWriter, status: Status, processes: Processes) -> tuple[Job, int]:
     """U-Net, network, optimizer and, where there is one, the newest checkpoint; returns the last finished step too."""
-    # A base that gets smaller is made so weight by weight on its way to the device, which may not hold the whole.
-    unet = load_unet(base, placement.dtype, placement.device if placement.quantize_base == "no" else "cpu")
-    unet.to(memory_format=torch.channels_last)  # what convolutions are fastest in, and tokens are a view of
-    freeze_layers(unet, placement.quantize_base, placement.device)
-    network = attach_lora(unet, plan)
-    make_lean(unet, placement.int8_activations)
+    status.update(state="preparing", phase="load")
+    events.emit("phase", phase="load")
+    fault("load")
+    unet, network = _place_unet(run, plan, base, placement, training_set.base_sha256, events)
     encoders = None
     if plan.text_encoders_learn:
         encoders = load_text_encoders(base, placement.dtype, placement.device)
         attach_text_lora(network, encoders, plan)
-    if placement.gradient_checkpointing:
-        recompute_blocks(placeable_blocks(unet).values())
     optimizer = make_optimizer(plan, network.rate_groups(plan.lora_plus_ratio))
     scaler = torch.amp.GradScaler(placement.device.type, enabled=placement.dtype == torch.float16)
     trainer = Trainer(plan, unet, network, optimizer, scaler, training_set, placement,
                       alphas_cumprod(plan.zero_terminal_snr), VAE_SCALING_FACTOR, events, status, encoders, processes)
     belongs_to = {"plan.toml": plan_digest(plan), "base model": training_set.base_sha256,
                   "set of pictures and captions": training_set.digest()}
-    job = Job(run, plan, base, placement, training_set, trainer, belongs_to)
+    job = Job(run, plan, base, placement, training_set, trainer, belongs_to, trackers=trackers)
 
     step = processes.together(lambda: _take_up(job))
     # An optimizer differs where one machine lacks the package that the plan names.
@@ -140,6 +159,31 @@ def _assemble(run: RunDirectory, plan: Plan, base: BaseModel, placement: Placeme
                 versions={name: version(name) for name in VERSIONS})
     _tell_numbers(job)
     return job, step
+
+
+def _place_unet(run: RunDirectory, plan: Plan, base: BaseModel, placement: Placement, base_sha256: str,
+                events: EventWriter) -> tuple[nn.Module, Network]:
+    """The U-Net with its LoRA, lying in memory as the placement says."""
+    fit = placement.fit
+    unet = load_unet(base, placement.dtype, placement.device, fit.quantize_base, fit.streamed, base_sha256=base_sha256,
+                     on_progress=progress_reporter(run, events, "load"),
+                     warn=lambda text: events.emit("warning", text=text))
+    network = attach_lora(unet, plan)
+    make_lean(unet, fit.int8_activations, choose_attention(placement.device, placement.dtype, attention_shapes(unet, plan)))
+    blocks = placeable_blocks(unet)
+    recompute_blocks(block for name, block in blocks.items() if name in fit.recomputed)
+    if fit.streamed:
+        stream_blocks({name: block for name, block in blocks.items() if name in fit.streamed}, placement.device, RING_DEPTH)
+    return unet, network
+
+
+def _prove_fit(job: Job, costs: list[str]) -> None:
+    """One pass of the largest pictures, and what it took beside what arithmetic had said."""
+    job.trainer.status.update(phase="fit")
+    job.events.emit("phase", phase="fit")
+    predicted = predicted_bytes(job.placement, job.plan, job.base) if job.placement.device.type == "cuda" else None
+    job.events.emit("placement", placement=job.placement.describe(), costs=costs, predicted_bytes=predicted,
+                    measured_bytes=check_fit(job.trainer))
 
 
 def _take_up(job: Job) -> int:
@@ -183,33 +227,58 @@ def _start_from(network: Network, path: Path, events: EventWriter) -> None:
 
 def _train(job: Job, step: int) -> int:
     """Steps until the plan is fulfilled or somebody asks to stop; returns the last finished step."""
-    plan, trainer, events = job.plan, job.trainer, job.events
+    trainer, events = job.trainer, job.events
     wants_stop = catch_signals()
     trainer.status.update(state="training", phase="train", step=step)
     events.emit("phase", phase="train")
-    is_first = trainer.processes.is_first
-    if step == 0 and is_first and not job.history:
-        _judge(job, 0)
-        if plan.sample_every:
-            _sample(job, 0)
-    while step < plan.steps:
-        if trainer.processes.first_says(lambda: wants_stop() or take_request(job.run, "stop")):
-            break
-        trainer.processes.require_same_weights(step, trainer.network.parameters())
-        fields = trainer.train_step(step)
-        events.emit("step", **fields)
-        _track(job, fields)
-        step += 1
-        trainer.status.update(step=step)
-        if is_first:  # the others wait for the next step's question
-            _after_step(job, step)
+    try:
+        if trainer.processes.is_first:
+            _make_up(job, step)
+        while step < job.plan.steps:
+            if trainer.processes.first_says(lambda: wants_stop() or take_request(job.run, "stop")):
+                break
+            trainer.processes.require_same_weights(step, trainer.network.parameters())
+            fields = trainer.train_step(step)
+            events.emit("step", **fields)
+            _track(job, fields)
+            step += 1
+            trainer.status.update(step=step)
+            if trainer.processes.is_first:  # the others wait for the next step's question
+                _after_step(job, step)
+    except torch.OutOfMemoryError:
+        if trainer.processes.is_first:
+            _keep(job, step)
+        raise
     return step
+
+
+def _make_up(job: Job, step: int) -> None:
+    """What is due at a step before the next one is made, and has not been done."""
+    if step == 0 and not job.history:
+        _judge(job, 0)
+        if job.plan.sample_every:
+            _sample(job, 0)
+    elif step and _is_judged(job, step) and all(judged.step != step for judged in job.history):
+        _after_step(job, step)
+
+
+def _is_judged(job: Job, step: int) -> bool:
+    plan = job.plan
+    return step == plan.steps or (plan.judge_every > 0 and step % plan.judge_every == 0)
+
+
+def _keep(job: Job, step: int) -> None:
+    """Puts what is learned so far on disk before it is let go of; gradients of a step that failed count for nothing."""
+    job.trainer.optimizer.zero_grad(set_to_none=True)
+    free_memory()
+    if step and not lora_in_checkpoint(job.run, step).exists():
+        _save(job, step)
 
 
 def _after_step(job: Job, step: int) -> None:
     """Judges, saves and samples where it is time or was asked for."""
     plan, last = job.plan, step == job.plan.steps
-    is_best = _judge(job, step) if last or (plan.judge_every and step % plan.judge_every == 0) else False
+    is_best = _judge(job, step) if _is_judged(job, step) else False
     if take_request(job.run, "save") or (not last and (is_best or (plan.save_every and step % plan.save_every == 0))):
         _save(job, step)
     if take_request(job.run, "sample") or (plan.sample_every and (step % plan.sample_every == 0 or last)):
@@ -264,6 +333,7 @@ def _sample(job: Job, step: int) -> None:
     except (torch.OutOfMemoryError, OSError, CrumbError) as error:
         log.exception("sampling failed")
         job.events.emit("warning", text=f"Sampling at step {step} failed: {error}. Training goes on.")
+    free_memory()
     job.events.emit("phase", phase="train")
     status.update(state="training", phase="train")
 

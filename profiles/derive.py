@@ -13,10 +13,15 @@ from crumb.profiles.data_rules import class_word_for, derive_data, derive_held_o
 from crumb.profiles.dataset import Scan
 from crumb.profiles.derivation import Derivation, Derived
 from crumb.profiles.hardware import Gpu
-from crumb.profiles.memory_rules import FULL_MODEL_PARAMETERS, derive_memory, text_encoders_learn, warn_of_memory
+from crumb.profiles.memory_rules import (
+    FULL_MODEL_PARAMETERS,
+    derive_memory,
+    rank_fits,
+    text_encoders_learn,
+    warn_of_memory,
+)
 from crumb.profiles.optimizers import ADAPTIVE_OPTIMIZERS
 from crumb.profiles.plan_rules import BLOCK_BOUNDS
-from crumb.profiles.vram import estimate_vram_gib
 
 COUNT_RANGE = {"character": (10, 50), "face": (10, 50), "style": (100, 4000), "concept": (50, 2000)}
 """Pictures a set should have, by subject (DATA-COUNT); a face counts as a character."""
@@ -89,16 +94,9 @@ def _derive_network(result: Derivation, answers: Answers, scan: Scan, base: Base
     if len(scan.pictures) >= LARGE_SET:
         rank = min(128, rank * 2)
         reasons.append(f"doubled for {len(scan.pictures)} pictures ({LARGE_SET} or more)")
-    targets, conv_rank = result.overrides.get("targets", "attention+ff"), result.overrides.get("conv_rank", 0)
     if base.num_unet_parameters > FULL_MODEL_PARAMETERS and gpu.vram_gib:
-        def fits(rank: int, quantize_base: str) -> bool:
-            return gpu.vram_gib >= estimate_vram_gib(
-                base.num_unet_parameters, result.value("resolution"), 1, True, result.value("optimizer"), targets, rank,
-                conv_rank, text_encoders_learn(result), result.overrides.get("quantize_base", quantize_base))
-
-        # A base that fits as it is stays so, if with a lower rank; smaller cards get a smaller base.
-        wanted, smallest = rank, "no" if fits(MIN_FITTED_RANK, "no") else "nf4"
-        while rank > MIN_FITTED_RANK and not fits(rank, smallest):
+        wanted = rank
+        while rank > MIN_FITTED_RANK and not rank_fits(result, gpu, rank, MIN_FITTED_RANK):
             rank //= 2
         if rank < wanted:
             reasons.append(f"lowered to {rank} to fit {gpu.vram_gib:g} GiB")

@@ -6,12 +6,14 @@ Torch-free, and fine without a driver: "no GPU" is an answer here, not an error.
 import os
 from dataclasses import replace
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 from crumb.profiles.errors import RequestError
 from crumb.profiles.gpu_table import MEMORY_SIZE, Gpu, card_fields, find_card, gpu_table, guessed_fields, is_virtual, name_key
 
 GIB = 2**30
+MEMORY_INFO = Path("/proc/meminfo")
 
 NO_GPU = Gpu("no GPU (CPU)", 0.0, 0.0)
 
@@ -48,6 +50,15 @@ def detect_gpu() -> Gpu | None:
         return None
     finally:
         _ask(nvml, "nvmlShutdown")
+
+
+def host_memory_bytes() -> int | None:
+    """What of this machine's memory can be had without swapping; None where the system doesn't say."""
+    try:
+        lines = MEMORY_INFO.read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
 
 
 def count_gpus() -> int:

@@ -1,13 +1,32 @@
 """How a run fits a card's memory: the base's format, what is kept until backward, pictures at a time."""
 
+from dataclasses import replace
+
 from crumb.profiles.base_model import BaseModel
 from crumb.profiles.derivation import Derivation
-from crumb.profiles.hardware import Gpu
-from crumb.profiles.plan_rules import DROPOUTS
-from crumb.profiles.vram import BYTES_PER_WEIGHT, estimate_vram_gib
+from crumb.profiles.fit import Fit
+from crumb.profiles.gpu_table import Gpu
+from crumb.profiles.hardware import GIB, host_memory_bytes
+from crumb.profiles.measured import time_factor
+from crumb.profiles.memory_table import load_table
+from crumb.profiles.solver import Found, Machine, explain, fastest_fit, measure, smallest_fit, total_bytes
+from crumb.profiles.vram import Demand, peak_bytes
 
 FULL_MODEL_PARAMETERS = 1_000_000_000
 SMALL_BASE_BATCH = 4
+
+DESKTOP_GIB = 0.3
+"""What others than crumb take of a card, at least."""
+
+ASSUMED_HOST_GIB = 10
+"""Free memory of a machine that is not this one."""
+HOST_SPARE_GIB = 3
+"""What the engine itself and others on the host want besides."""
+
+ROUNDING = {"no": 1.0, "int8": 1.05, "nf4": 1.1}
+ROUNDING_ACTIVATIONS = 1.02
+"""So many times faster a way has to be that computes with a coarser base or keeps activations in int8: what is exact
+is worth a little time."""
 
 
 def derive_memory(result: Derivation, base: BaseModel, gpu: Gpu) -> None:
@@ -17,64 +36,108 @@ def derive_memory(result: Derivation, base: BaseModel, gpu: Gpu) -> None:
     full = base.num_unet_parameters > FULL_MODEL_PARAMETERS
     result.put("vae_tiling", full and gpu.vram_gib < 12, "COMMON", "below 12 GiB the VAE works in tiles of 512 pixels"
                if full and gpu.vram_gib < 12 else "the VAE takes whole pictures")
-    _derive_base_format(result, base, gpu, full)
-    _derive_activations(result, base, gpu, full)
-    batch_size = 1 if full else SMALL_BASE_BATCH
-    if full and gpu.vram_gib >= 16:
-        batch_size = max(size for size in (1, 2, 4)
-                         if size == 1 or _planned_gib(result, base, size) <= gpu.vram_gib)
-    needed_gib = _planned_gib(result, base, batch_size)
-    result.put("batch_size", batch_size, "COMMON",
-               "this base is small: four at a time learn the same in a quarter of the steps" if not full
-               else f"about {needed_gib:.1f} GiB in all" if gpu.vram_gib else "one picture at a time")
-
-
-def _derive_base_format(result: Derivation, base: BaseModel, gpu: Gpu, full: bool) -> None:
-    """The first format in which the base fits with all activations computed twice; the last where none does."""
-    if not full or not gpu.vram_gib:
-        result.put("quantize_base", "no", "COMMON", "the base stays as it is")
+    if full and gpu.vram_gib:
+        _derive_fit(result, gpu)
         return
-    needed_gib = {how: _needed_gib(result, base, 1, True, how) for how in BYTES_PER_WEIGHT}
-    fitting = [how for how, gib in needed_gib.items() if gib <= gpu.vram_gib]
-    how = fitting[0] if fitting else "nf4"
-    larger = {"int8": "no", "nf4": "int8"}.get(how)
-    if larger:
-        before = "16 bits" if larger == "no" else larger
-        reason = f"in {before} it would need about {needed_gib[larger]:.1f} GiB in all; in {how} {needed_gib[how]:.1f}"
-    else:
-        reason = f"the base fits as it is (about {needed_gib['no']:.1f} GiB in all)"
-    result.put("quantize_base", how, "COMMON", reason)
+    result.put("quantize_base", "no", "COMMON", "the base stays as it is")
+    result.put("gradient_checkpointing", full, "COMMON", "a full-size SDXL would keep gigabytes of activations: they are "
+               "computed twice" if full else "this base is small: its activations fit, nothing is computed twice")
+    result.put("int8_activations", False, "COMMON", "activations are kept as they are")
+    result.put("batch_size", 1 if full else SMALL_BASE_BATCH, "COMMON", "one picture at a time" if full
+               else "this base is small: four at a time learn the same in a quarter of the steps")
 
 
-def _derive_activations(result: Derivation, base: BaseModel, gpu: Gpu, full: bool) -> None:
-    """Kept until backward, kept with the largest in int8, or computed twice: the first that fits is the fastest."""
-    quantised = result.value("quantize_base")
-    kept_gib, in_int8_gib = (_needed_gib(result, base, 1, False, quantised, in_int8) for in_int8 in (False, True))
-    kept, in_int8 = not full or gpu.vram_gib >= kept_gib, gpu.vram_gib >= in_int8_gib and not _drops_out(result)
-    needs = f"activations would need about {kept_gib:.1f} GiB in all, in int8 {in_int8_gib:.1f}"
-    reason = needs if not kept else "this base is small: its activations fit" if not full else (
-        f"all activations fit (about {kept_gib:.1f} GiB in all)")
-    result.put("gradient_checkpointing", not (kept or in_int8), "COMMON",
-               f"{reason}: {'nothing is' if kept or in_int8 else 'they are'} computed twice")
-    result.put("int8_activations", in_int8 and not kept and not result.value("gradient_checkpointing"), "COMMON", reason)
+def _derive_fit(result: Derivation, gpu: Gpu) -> None:
+    """The way of least time, by the solver that the engine asks again with what is free when the run starts."""
+    demand = demand_of(result, result.overrides.get("batch_size", 1))
+    table, found = load_table(demand.targets), best_way(result, gpu, demand)
+    if found is None:
+        found = measure(table, demand, machine_for(gpu, "nf4"),
+                        _smallest(result, demand, result.overrides.get("quantize_base", "nf4")))
+    fit, demand = _enlarge_batch(result, gpu, demand, found.fit)
+    found = measure(table, demand, machine_for(gpu, fit.quantize_base), fit)
+    peak_gib, costs = found.peak_bytes / GIB, "; ".join(explain(table, demand, machine_for(gpu, fit.quantize_base), fit))
+    result.put("quantize_base", fit.quantize_base, "COMMON", _reason_for_format(result, gpu, demand, fit))
+    result.put("gradient_checkpointing", True, "COMMON", f"allowed, as far as memory asks for it. Here: {costs}")
+    result.put("int8_activations", fit.int8_activations, "COMMON", "the largest activations are kept in int8, which spares "
+               "computing them twice" if fit.int8_activations else "activations are kept as they are")
+    result.put("batch_size", demand.batch_size, "COMMON", f"about {peak_gib:.1f} GiB in all")
+    parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in peak_bytes(table, demand, fit).items() if size > 0.05 * GIB)
+    result.put("peak_gib", round(peak_gib, 2), "", f"GiB by arithmetic: {parts}")
+    if found.speed:
+        result.put("seconds_per_step", round(found.seconds, 2), "", found.speed.explain())
 
 
-def _needed_gib(result: Derivation, base: BaseModel, batch_size: int, recompute: bool,
-                quantize_base: str, int8_activations: bool = False) -> float:
-    return estimate_vram_gib(base.num_unet_parameters, result.value("resolution"), batch_size, recompute,
-                             result.value("optimizer"), result.value("targets"), result.value("rank"),
-                             result.value("conv_rank"), text_encoders_learn(result), quantize_base, int8_activations,
-                             _drops_out(result))
+def best_way(result: Derivation, gpu: Gpu, demand: Demand) -> Found | None:
+    """The fastest of all formats and kinds of activations, where the exact ones count as a little faster than they are."""
+    overrides = result.overrides
+    found = []
+    for quantize_base in [overrides["quantize_base"]] if "quantize_base" in overrides else ROUNDING:
+        for in_int8 in [overrides["int8_activations"]] if "int8_activations" in overrides else (False, True):
+            way = fastest_fit(load_table(demand.targets), demand, machine_for(gpu, quantize_base),
+                              Fit(quantize_base, in_int8), overrides.get("gradient_checkpointing", True))
+            if way:
+                price = ROUNDING[quantize_base] * (ROUNDING_ACTIVATIONS if in_int8 else 1)
+                found.append(((-way.fit.micro_batch, (way.seconds or 1.0) * price), way))
+    return min(found, key=lambda entry: entry[0])[1] if found else None
 
 
-def _drops_out(result: Derivation) -> bool:
-    return any(result.overrides.get(name) for name in DROPOUTS)
+def _enlarge_batch(result: Derivation, gpu: Gpu, demand: Demand, fit: Fit) -> tuple[Fit, Demand]:
+    """Up to four pictures at a time from 16 GiB on, where nothing needs be computed twice or streamed for that."""
+    if gpu.vram_gib < 16 or "batch_size" in result.overrides or fit.recomputed or fit.streamed:
+        return fit, demand
+    for size in (4, 2):
+        larger, larger_fit = replace(demand, batch_size=size), replace(fit, micro_batch=size)
+        if total_bytes(load_table(demand.targets), larger, larger_fit) <= budget_bytes(gpu):
+            return larger_fit, larger
+    return fit, demand
 
 
-def _planned_gib(result: Derivation, base: BaseModel, batch_size: int) -> float:
-    """With all that is decided so far."""
-    return _needed_gib(result, base, batch_size, *(
-        result.value(name) for name in ("gradient_checkpointing", "quantize_base", "int8_activations")))
+def _reason_for_format(result: Derivation, gpu: Gpu, demand: Demand, fit: Fit) -> str:
+    if fit.quantize_base == "no":
+        return "the base stays exact" + ("" if not fit.streamed else
+                                         f": {len(fit.streamed)} of its blocks come from host memory when they are needed")
+    table, machine = load_table(demand.targets), machine_for(gpu, "no")
+    exact = fastest_fit(table, demand, machine, Fit("no", fit.int8_activations))
+    if exact is None or exact.seconds is None:
+        return f"an exact base does not fit; in {fit.quantize_base} it does"
+    mine = measure(table, demand, machine_for(gpu, fit.quantize_base), fit)
+    return f"{mine.seconds:.2f} s a step; an exact base would take {exact.seconds:.2f} s, most of it fetched from host memory"
+
+
+def machine_for(gpu: Gpu, quantize_base: str) -> Machine:
+    """The card as a plan takes it. Only where the card is in this machine is it known what memory the host has."""
+    here = gpu.free_gib is not None
+    host_bytes = (host_memory_bytes() if here else None) or ASSUMED_HOST_GIB * GIB
+    return Machine(gpu, budget_bytes(gpu), host_bytes - HOST_SPARE_GIB * GIB, time_factor(gpu.name, quantize_base))
+
+
+def budget_bytes(gpu: Gpu) -> float:
+    return (gpu.vram_gib - DESKTOP_GIB) * GIB
+
+
+def demand_of(result: Derivation, batch_size: int, rank: int | None = None) -> Demand:
+    """With all that is decided so far; `rank` is tried before it is."""
+    overrides = result.overrides
+    targets, conv_rank = (result.values[name].value if name in result.values else overrides.get(name, default)
+                          for name, default in (("targets", "attention+ff"), ("conv_rank", 0)))
+    return Demand(targets, max(rank or result.value("rank"), *overrides.get("block_ranks", {}).values(), 1),
+                  max(conv_rank, *overrides.get("conv_block_ranks", {}).values(), 0), result.value("optimizer"),
+                  result.value("resolution"), batch_size, result.value("mixed_precision"), text_encoders_learn(result))
+
+
+def rank_fits(result: Derivation, gpu: Gpu, rank: int, lowest: int) -> bool:
+    """Whether the card holds this rank beside the whole base; an exact one, where it holds that with the `lowest` rank."""
+    def fits(rank: int, quantize_base: str) -> bool:
+        demand = demand_of(result, 1, rank)
+        fit = _smallest(result, demand, result.overrides.get("quantize_base", quantize_base), stream=False)
+        return total_bytes(load_table(demand.targets), demand, fit) <= budget_bytes(gpu)
+    return fits(rank, "no" if fits(lowest, "no") else "nf4")
+
+
+def _smallest(result: Derivation, demand: Demand, quantize_base: str, stream: bool = True) -> Fit:
+    start = Fit(quantize_base, result.overrides.get("int8_activations", False))
+    return smallest_fit(load_table(demand.targets), demand, start, result.overrides.get("gradient_checkpointing", True), stream)
 
 
 def text_encoders_learn(result: Derivation) -> bool:
@@ -82,8 +145,13 @@ def text_encoders_learn(result: Derivation) -> bool:
 
 
 def warn_of_memory(result: Derivation, base: BaseModel, gpu: Gpu) -> None:
-    needed_gib = _planned_gib(result, base, result.value("batch_size"))
-    how = "16 bits" if result.value("quantize_base") == "no" else result.value("quantize_base")
-    if base.num_unet_parameters > FULL_MODEL_PARAMETERS and 0 < gpu.vram_gib < needed_gib:
+    if base.num_unet_parameters <= FULL_MODEL_PARAMETERS or not gpu.vram_gib:
+        return
+    needed_gib = result.value("peak_gib")
+    if needed_gib * GIB > budget_bytes(gpu):
+        how = "16 bits" if result.value("quantize_base") == "no" else result.value("quantize_base")
         result.warn("COMMON", f"This run needs about {needed_gib:.1f} GiB of VRAM, its base in {how}, and the card has "
                               f"{gpu.vram_gib:g} GiB: it will most likely stop with an out-of-memory error.")
+    elif gpu.free_gib is not None and gpu.free_gib < needed_gib:
+        result.warn("COMMON", f"Only {gpu.free_gib:.1f} GiB of the card are free now, and the fastest way takes "
+                              f"{needed_gib:.1f}: close what else uses the GPU, or the run will take a slower way that fits.")

@@ -34,8 +34,9 @@ def draw(base_file: Path, prompts: tuple[str, ...], steps: int = 25, guidance: f
                 seed=0, sample_prompts=list(prompts), sample_steps=steps, sample_guidance=guidance, device="cpu",
                 mixed_precision="no")
     placement = choose_placement(plan)
-    paths = cache_prompts(["", *prompts], lambda: load_text_encoders(base, torch.float32), encode_prompts,
-                          fingerprint(base_file), str(torch.float32), cache_dir() / "prompts", on_progress=lambda *_: None)
+    paths = cache_prompts(["", *prompts], lambda device: load_text_encoders(base, torch.float32, device), encode_prompts,
+                          fingerprint(base_file), str(torch.float32), cache_dir() / "prompts", on_progress=lambda *_: None,
+                          device="cpu")
     unet, vae = load_unet(base, torch.float32), load_decoder(plan, base, placement)
     return [decode(vae, denoise(unet, paths, prompt, plan, placement)) for prompt in sample_prompts(plan)]
 

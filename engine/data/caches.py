@@ -6,6 +6,7 @@ is made again. Each carries a checksum, because machines that lose power leave t
 
 import hashlib
 import json
+import logging
 import os
 import struct
 import tempfile
@@ -20,11 +21,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from crumb.engine.data.images import crop_picture, decode_rgb, read_bytes, to_tensor
+from crumb.engine.faults import fault
 from crumb.engine.memory.placement import free_memory
 from crumb.engine.model.load import tile_vae
 from crumb.profiles.buckets import Crop
 from crumb.profiles.errors import CrumbError
 from crumb.profiles.pictures import Picture
+
+log = logging.getLogger("crumb")
 
 CACHE_FORMAT = 1
 """Part of every key: raise it when pictures or prompts are prepared differently, and old entries are left alone."""
@@ -167,7 +171,7 @@ def cache_latents(
         if tiled:
             tile_vae(vae)
         for batch_paths, pictures, pixels in _prefetched(_batches(missing, batch_size)):
-            _encode(vae, batch_paths, pictures, pixels.to(device))
+            vae = _encode(vae, batch_paths, pictures, pixels)
             done += len(batch_paths)
             on_progress(done, len(paths))
         del vae
@@ -215,9 +219,23 @@ def _load_batch(batch: list[tuple[Path, View, str]]) -> tuple[list[Path], list[P
     return [path for path, _, _ in batch], [view.picture.path for _, view, _ in batch], torch.stack(pixels)
 
 
+def _encode(vae: Any, paths: list[Path], pictures: list[Path], pixels: torch.Tensor) -> Any:
+    """Writes the entries; on the processor where the GPU has no room. Returns the VAE, which then has moved there for good."""
+    try:
+        fault("cache latents")
+        _write_latents(vae, paths, pictures, pixels)
+        return vae
+    except torch.OutOfMemoryError:
+        log.warning("no room on the GPU to encode pictures: encoding them on the processor")
+    vae = vae.to("cpu", torch.float32)
+    free_memory()
+    _write_latents(vae, paths, pictures, pixels)
+    return vae
+
+
 @torch.no_grad()
-def _encode(vae: Any, paths: list[Path], pictures: list[Path], pixels: torch.Tensor) -> None:
-    posterior = vae.encode(pixels.to(vae.dtype)).latent_dist
+def _write_latents(vae: Any, paths: list[Path], pictures: list[Path], pixels: torch.Tensor) -> None:
+    posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
     means, stds = posterior.mean.float().cpu(), posterior.std.float().cpu()
     for path, picture, mean, std in zip(paths, pictures, means, stds, strict=True):
         if not (mean.isfinite().all() and std.isfinite().all()):
@@ -231,40 +249,53 @@ def _encode(vae: Any, paths: list[Path], pictures: list[Path], pixels: torch.Ten
 
 def cache_prompts(
     prompts: Sequence[str],
-    load_text_encoders: Callable[[], Any],
+    load_text_encoders: Callable[[torch.device | str], Any],
     encode: Callable[[Any, list[str]], tuple[torch.Tensor, torch.Tensor]],
     fingerprint: str,
     precision: str,
     folder: Path,
     *,
     on_progress: OnProgress,
+    device: torch.device | str,
     share: tuple[int, int] = (0, 1),
 ) -> dict[str, Path]:
     """Encodes the prompts that are not cached yet; returns each distinct prompt's entry. `share` as in `cache_latents`.
 
     An entry holds `encoder_hidden_states` (77, D) and `pooled` (P,) in the dtype that `encode` gives; `encode` gets
     one prompt at a time, so that an entry never depends on its company. The text encoders are loaded only if
-    something is missing and freed before this returns. Raises CrumbError that names the prompt.
+    something is missing, on the processor where the device has no room, and freed before this returns. Raises CrumbError
+    that names the prompt.
     """
     paths = {prompt: entry_path(folder, prompt_key(prompt, fingerprint, precision)) for prompt in prompts}
     missing = [prompt for prompt, path in list(paths.items())[share[0]::share[1]] if read_entry(path) is None]
     done = len(paths) - len(missing)
     on_progress(done, len(paths))
-    if missing:
-        text_encoders = load_text_encoders()
-        for prompt in missing:
+
+    def encode_rest(device: torch.device | str) -> None:
+        nonlocal done
+        text_encoders = load_text_encoders(device)
+        while missing:
             with torch.no_grad():
-                hidden, pooled = encode(text_encoders, [prompt])
+                hidden, pooled = encode(text_encoders, [missing[0]])
             if not (hidden.isfinite().all() and pooled.isfinite().all()):
                 raise CrumbError(
-                    f'The text encoders gave values that are no numbers for the prompt "{prompt}" in '
+                    f'The text encoders gave values that are no numbers for the prompt "{missing[0]}" in '
                     f"{_dtype_name(hidden.dtype)}. Use bfloat16 or float32 for them, or check the base model's file."
                 )
-            write_entry(paths[prompt], {"encoder_hidden_states": hidden[0], "pooled": pooled[0]})
+            write_entry(paths[missing.pop(0)], {"encoder_hidden_states": hidden[0], "pooled": pooled[0]})
             done += 1
             on_progress(done, len(paths))
-        del text_encoders
+
+    if missing:
+        try:
+            fault("cache captions")
+            encode_rest(device)
+        except torch.OutOfMemoryError:
+            log.warning("no room on the GPU for the text encoders: captions are encoded on the processor")
         free_memory()
+        if missing:
+            encode_rest("cpu")
+            free_memory()
     return paths
 
 

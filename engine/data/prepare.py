@@ -53,6 +53,12 @@ class Batch:
     masks: Tensor | None = None  # (B, 1, H, W) from 0 to 1, where its loss counts; None = everywhere
     prompts: tuple[str, ...] = ()
 
+    def part(self, some: slice) -> "Batch":
+        """Some of the pictures."""
+        return Batch(*(None if value is None else value[some] for value in (
+            self.latent_mean, self.latent_std, self.encoder_hidden_states, self.pooled, self.time_ids, self.weights, self.masks,
+            self.prompts)))
+
 
 @dataclass(frozen=True, eq=False)
 class TrainingSet:
@@ -203,10 +209,10 @@ def cache_texts(texts: list[str], plan: Plan, base: BaseModel, base_sha256: str,
                 on_progress: OnProgress, share: tuple[int, int] = (0, 1)) -> dict[str, Path]:
     """The base's own conditioning of the texts as the plan reads them; returns their cache entries."""
     return cache_prompts(
-        texts, lambda: load_text_encoders(base, placement.encoder_dtype, placement.device),
+        texts, lambda device: load_text_encoders(base, placement.encoder_dtype, device),
         partial(encode_prompts, clip_skip=plan.clip_skip, max_token_length=plan.max_token_length),
         _text_fingerprint(base_sha256, plan), str(placement.encoder_dtype), cache_dir() / "prompts",
-        on_progress=on_progress, share=share,
+        on_progress=on_progress, device=placement.device, share=share,
     )
 
 

@@ -1,4 +1,4 @@
-"""Where everything of a run lies and in which number format: decided once, before anything large is loaded."""
+"""Where everything of a run lies and in which number format: decided before anything large is loaded."""
 
 import gc
 from dataclasses import dataclass
@@ -7,25 +7,23 @@ import torch
 
 from crumb.profiles.base_model import BaseModel
 from crumb.profiles.errors import RequestError
+from crumb.profiles.fit import Fit
 from crumb.profiles.plan import Plan
 
 SMALL_UNET_PARAMETERS = 100_000_000
-
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Device and formats of the base and of what it keeps for backward.
+    """Device and number format of the base, and how the run lies in memory.
 
     LoRA weights, their gradients and optimizer states are on the same device.
     """
 
     device: torch.device
     dtype: torch.dtype
-    gradient_checkpointing: bool
-    quantize_base: str = "no"
-    int8_activations: bool = False
+    fit: Fit = Fit()
 
     @property
     def encoder_dtype(self) -> torch.dtype:
@@ -33,11 +31,12 @@ class Placement:
         return torch.float32 if self.dtype == torch.float16 else self.dtype
 
     def describe(self) -> str:
-        kept = "activations recomputed" if self.gradient_checkpointing else (
-            "activations kept, in part as int8" if self.int8_activations else "activations kept")
-        dtype = str(self.dtype).removeprefix("torch.")
-        base = dtype if self.quantize_base == "no" else f"{self.quantize_base}, computed in {dtype}"
-        return f"base in {base} on {self.device}, {kept}"
+        fit, dtype = self.fit, str(self.dtype).removeprefix("torch.")
+        base = dtype if fit.quantize_base == "no" else f"{fit.quantize_base}, computed in {dtype}"
+        kept = "kept in part as int8" if fit.int8_activations else "kept"
+        activations = f"activations {kept}" + (f", recomputed in {len(fit.recomputed)} blocks" if fit.recomputed else "")
+        streamed = f", {len(fit.streamed)} blocks streamed from host memory" if fit.streamed else ""
+        return f"base in {base} on {self.device}, {activations}{streamed}"
 
 
 def settle_torch(base: BaseModel, placement: Placement) -> None:
@@ -60,7 +59,7 @@ def free_memory() -> None:
 
 
 def choose_placement(plan: Plan) -> Placement:
-    """The plan's placement on this machine; RequestError where the machine can't give it."""
+    """What the plan says of device and formats; fitting.py adds how it fits. RequestError where the machine can't give it."""
     has_cuda = torch.cuda.is_available()
     if plan.device == "cuda" and not has_cuda:
         raise RequestError(f"The plan says device = \"cuda\", but torch {torch.__version__} sees no CUDA GPU here. Check the "
@@ -73,4 +72,4 @@ def choose_placement(plan: Plan) -> Placement:
     if device.type == "cpu" and dtype == torch.float16:
         raise RequestError("The plan says mixed_precision = \"fp16\", but this run is on the processor, which has no fast "
                            "fp16. Set mixed_precision = \"no\".")
-    return Placement(device, dtype, plan.gradient_checkpointing, plan.quantize_base, plan.int8_activations)
+    return Placement(device, dtype, Fit(plan.quantize_base, plan.int8_activations, micro_batch=plan.batch_size))

@@ -35,15 +35,15 @@ class TextEncoders:
 
 def load_unet(base: BaseModel, dtype: torch.dtype, device: torch.device | str = "cpu") -> UNet2DConditionModel:
     """The U-Net, frozen and in eval mode. RequestError where tensors are missing or unexpected."""
-    if base.layout == "diffusers":
-        weights = _folder_weights(base.path, "unet", str)
-    else:
-        weights = _file_weights(base.path, keys.UNET_PREFIX, keys.unet_from_ldm)
-    pooled_dim = _needed(_open_clip_weights(base), "text_projection.weight")[0]
-    _needed(weights, "add_embedding.linear_1.weight")
+    weights = _unet_weights(base)
     with torch.device("meta"):
-        unet = UNet2DConditionModel(**unet_config(weights.shapes, pooled_dim, base.native_resolution // VAE_SCALE))
+        unet = UNet2DConditionModel(**_unet_config(base, weights))
     return fill(unet, weights, dtype, device)
+
+
+def unet_config_of(base: BaseModel) -> dict:
+    """UNet2DConditionModel's arguments, from the headers of the base's files."""
+    return _unet_config(base, _unet_weights(base))
 
 
 def load_vae(
@@ -90,6 +90,18 @@ def load_text_encoders(base: BaseModel, dtype: torch.dtype, device: torch.device
         tokenizer=tokenizer,
         tokenizer_2=tokenizer_2,
     )
+
+
+def _unet_weights(base: BaseModel) -> Weights:
+    if base.layout == "diffusers":
+        return _folder_weights(base.path, "unet", str)
+    return _file_weights(base.path, keys.UNET_PREFIX, keys.unet_from_ldm)
+
+
+def _unet_config(base: BaseModel, weights: Weights) -> dict:
+    pooled_dim = _needed(_open_clip_weights(base), "text_projection.weight")[0]
+    _needed(weights, "add_embedding.linear_1.weight")
+    return unet_config(weights.shapes, pooled_dim, base.native_resolution // VAE_SCALE)
 
 
 def _open_clip_weights(base: BaseModel) -> Weights:

@@ -142,7 +142,7 @@ def _metadata(shape: Shape, v_pred: bool) -> dict[str, str]:
 def ldm_shapes(shape: Shape, vae: bool) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Every tensor of the file, by its LDM name."""
     with torch.device("meta"):
-        unet = UNet2DConditionModel(**_unet_config(shape))
+        unet = UNet2DConditionModel(**unet_config(shape))
         clip_l = CLIPTextModel(CLIPTextConfig(**_text_config(shape, 0)))
         open_clip = CLIPTextModelWithProjection(CLIPTextConfig(**_text_config(shape, 1)))
         autoencoder = AutoencoderKL(**_vae_config(shape))
@@ -164,7 +164,8 @@ def ldm_shapes(shape: Shape, vae: bool) -> Iterator[tuple[str, tuple[int, ...]]]
         )
 
 
-def _unet_config(shape: Shape) -> dict:
+def unet_config(shape: Shape) -> dict:
+    """UNet2DConditionModel's arguments."""
     return make_unet_config(
         block_out_channels=shape.block_out_channels,
         depths=shape.transformer_depths,

@@ -64,6 +64,11 @@ class RunDirectory:
         return any(self.checkpoints.glob("step-*"))
 
     @property
+    def fit(self) -> Path:
+        """How the run lies in memory, where it had to give something up."""
+        return self.path / "fit.json"
+
+    @property
     def samples(self) -> Path:
         return self.path / "samples"
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import torch
 
+from crumb.engine.faults import fault
 from crumb.engine.train.loop import Trainer
 from crumb.engine.train.noise import add_noise, prediction_target, step_generator
 from crumb.engine.train.step import forward_loss
@@ -21,6 +22,7 @@ NUM_JUDGED = 8
 
 def judge(trainer: Trainer, step: int) -> Judged:
     """Measures some training pictures and the held-out ones, without gradients."""
+    fault(f"judge {step}")
     # Plain squares, whatever the run trains with, so that runs with the same noise levels and masks can be compared.
     plain = replace(trainer.plan, loss_type="l2", loss_weighting="none")
     losses = [mean_loss(trainer, _some(indices, plain.seed), plain) if indices else None
@@ -32,13 +34,13 @@ def judge(trainer: Trainer, step: int) -> Judged:
 
 @torch.no_grad()
 def mean_loss(trainer: Trainer, indices: list[int], plan: Plan) -> float:
-    """Over all pictures and NOISE_LEVELS; at most `plan.batch_size` at a time, so that it fits where training fits."""
-    losses, schedule = [], trainer.schedule
+    """Over all pictures and NOISE_LEVELS; at most as many at a time as train at a time, so that it fits where training fits."""
+    losses, schedule, size = [], trainer.schedule, trainer.placement.fit.micro_batch or plan.batch_size
     levels = [plan.timestep_min + int(level * (plan.timestep_max - plan.timestep_min)) for level in NOISE_LEVELS]
     for index in indices:
         generator = step_generator(plan.seed, index, -2)
-        for start in range(0, len(levels), plan.batch_size):
-            timesteps = torch.tensor(levels[start:start + plan.batch_size])
+        for start in range(0, len(levels), size):
+            timesteps = torch.tensor(levels[start:start + size])
             batch = trainer.training_set.batch([index] * len(timesteps))  # under its mask, as it is trained
             if trainer.encoders:
                 batch = encode_batch(batch, trainer.encoders, plan, learns=False)

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from crumb.engine.data.order import epoch_batches, mirrored_views
-from crumb.engine.data.prepare import TrainingSet, load_entry
+from crumb.engine.data.prepare import Batch, TrainingSet, load_entry
+from crumb.engine.faults import fault
 from crumb.engine.memory.placement import Placement
 from crumb.engine.model.load import TextEncoders
 from crumb.engine.network.lora import Network
@@ -96,19 +97,41 @@ class Trainer:
             indices = self._batch_indices(step * plan.gradient_accumulation_steps + micro_step)
             batch = self.training_set.batch(indices, mirrored_views(len(indices), plan.seed, step, micro_step),
                                             view=f"{step} {micro_step}")
-            if self.encoders:
-                batch = encode_batch(batch, self.encoders, plan, text_learns(plan, step))
-            generator = step_generator(plan.seed, step, micro_step)
-            noisy_latents, target, timesteps = draw(batch, plan, self.schedule, self.scaling_factor, generator)
+            drawn = draw(batch, plan, self.schedule, self.scaling_factor, step_generator(plan.seed, step, micro_step))
+            fault(f"step {step + 1}")
             data_wait_s += time.perf_counter() - started
-            losses = forward_loss(self.unet, batch, noisy_latents, target, timesteps, self.schedule, plan, self.placement)
-            # Over the number of pictures, not over their weights (as sd-scripts): one of weight 0.1 counts a tenth of another.
-            loss = (losses * batch.weights.to(losses.device)).mean()
-            self.scaler.scale(loss / plan.gradient_accumulation_steps).backward()
-            loss_sum += loss.item()
+            loss_sum += self._pass(batch, *drawn, text_learns(plan, step))
             num_pictures += len(indices)
         loss_sum, num_pictures = self.processes.add_up(self.network.parameters(), loss_sum, num_pictures)
         return loss_sum / plan.gradient_accumulation_steps, num_pictures, data_wait_s
+
+    def _pass(self, batch: Batch, noisy_latents: Tensor, target: Tensor, timesteps: Tensor, text_learns: bool) -> float:
+        """Adds the gradients of a batch's mean loss, a few pictures at a time where memory asks for it; returns the loss."""
+        loss_sum, size = 0.0, self.placement.fit.micro_batch or len(timesteps)  # 0 is all
+        for start in range(0, len(timesteps), size):
+            some = slice(start, start + size)
+            part = batch.part(some)
+            if self.encoders:
+                part = encode_batch(part, self.encoders, self.plan, text_learns)
+            losses = forward_loss(self.unet, part, noisy_latents[some], target[some], timesteps[some], self.schedule, self.plan,
+                                  self.placement)
+            # Over the number of pictures, not over their weights (as sd-scripts): one of weight 0.1 counts a tenth of another.
+            loss = (losses * part.weights.to(losses.device)).sum() / len(timesteps)
+            self.scaler.scale(loss / self.plan.gradient_accumulation_steps).backward()
+            loss_sum += loss.item()
+            fault("backward")
+        return loss_sum
+
+    def rehearse(self) -> None:
+        """A pass of the largest pictures whose gradients are thrown away: it takes the memory that training will take."""
+        plan, crops = self.plan, self.training_set.crops
+        largest = max(self.training_set.trained, key=lambda index: crops[index].width * crops[index].height)
+        batch = self.training_set.batch([largest] * (self.placement.fit.micro_batch or plan.batch_size))
+        drawn = draw(batch, plan, self.schedule, self.scaling_factor, step_generator(plan.seed, 0, 0))
+        self.network.train(True, text_learns(plan, 0))
+        self._pass(batch, *drawn, text_learns(plan, 0))
+        self.network.train(False)
+        self.optimizer.zero_grad(set_to_none=True)
 
     def _apply_gradients(self, loss: float) -> float:
         """Clips and steps; NaN or Inf drops the step, counted, and ends the run when it persists. Returns the norm."""
@@ -117,6 +140,7 @@ class Trainer:
         max_norm = self.plan.max_grad_norm or math.inf
         grad_norm = clip_gradients(self.optimizer, parameters, max_norm)
         if math.isfinite(loss) and math.isfinite(grad_norm):
+            fault("optimizer")
             self.scaler.step(self.optimizer)
             if self.plan.max_norm:
                 self.network.limit_norms(self.plan.max_norm)

@@ -13,6 +13,7 @@ from diffusers import AutoencoderKL, EulerDiscreteScheduler
 from PIL import Image
 from torch import Tensor
 
+from crumb.engine.faults import fault
 from crumb.engine.memory.placement import Placement, free_memory
 from crumb.engine.model.load import load_vae, tile_vae
 from crumb.engine.train.noise import BETA_END, BETA_START, NUM_TIMESTEPS
@@ -29,6 +30,7 @@ def sample_pictures(unet, entries: dict[str, dict[str, Tensor]], plan: Plan, bas
 
     `entries` holds each text's conditioning.
     """
+    fault(f"sample {step}")
     with torch.no_grad():
         latents = [denoise(unet, entries, prompt, plan, placement) for prompt in sample_prompts(plan)]
         vae = load_decoder(plan, base, placement)
@@ -85,8 +87,15 @@ def make_scheduler(plan: Plan) -> EulerDiscreteScheduler:
 
 
 def load_decoder(plan: Plan, base: BaseModel, placement: Placement) -> AutoencoderKL:
-    """The plan's VAE, in tiles where it says so."""
-    vae = load_vae(base, Path(plan.vae) if plan.vae else None, placement.encoder_dtype, placement.device)
+    """The plan's VAE, in tiles where it says so; on the processor, in fp32, where the GPU has no room for it."""
+    path = Path(plan.vae) if plan.vae else None
+    try:
+        vae = load_vae(base, path, placement.encoder_dtype, placement.device)
+    except torch.OutOfMemoryError:
+        vae = None
+    if vae is None:
+        free_memory()
+        vae = load_vae(base, path, torch.float32, "cpu")
     if plan.vae_tiling:
         tile_vae(vae)
     return vae
@@ -95,14 +104,15 @@ def load_decoder(plan: Plan, base: BaseModel, placement: Placement) -> Autoencod
 def decode_all(vae: AutoencoderKL, latents: list[Tensor]) -> list[Image.Image]:
     """On the VAE's device; where that has no room left, on the processor, in fp32. `vae` may be moved."""
     try:
+        fault("decode")
         return [decode(vae, one) for one in latents]
     except torch.OutOfMemoryError:
         log.warning("no room on the GPU to decode pictures: decoding them on the processor")
-        vae.to("cpu", torch.float32)
-        return [decode(vae, one.cpu()) for one in latents]
+    vae.to("cpu", torch.float32)
+    return [decode(vae, one) for one in latents]
 
 
 def decode(vae: AutoencoderKL, latents: Tensor) -> Image.Image:
-    pixels = vae.decode((latents / vae.config.scaling_factor).to(vae.dtype)).sample[0].float().cpu()
+    pixels = vae.decode((latents / vae.config.scaling_factor).to(vae.device, vae.dtype)).sample[0].float().cpu()
     array = (pixels.nan_to_num() / 2 + 0.5).clamp(0, 1).mul(255).round().byte().permute(1, 2, 0).numpy()
     return Image.fromarray(array)

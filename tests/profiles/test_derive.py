@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from crumb.profiles import memory_rules
 from crumb.profiles.answers import SUBJECTS, Answers
 from crumb.profiles.base_model import BaseModel
 from crumb.profiles.dataset import Scan
@@ -63,7 +64,8 @@ def test_precision_is_one_setting_to_change():
     ("style", "anime", 200, 12, 64, 32),
     ("concept", "realistic", 60, 12, 32, 16),
     ("style", "realistic", 200, 12, 64, 32),      # RANK-RANGE: higher rank, more VRAM
-    ("style", "realistic", 200, 8, 32, 16),
+    ("style", "realistic", 200, 8, 64, 32),
+    ("style", "realistic", 200, 4, 32, 16),
 ])
 def test_rank_and_alpha(subject, look, num_pictures, vram_gib, rank, alpha):
     result = derived(subject=subject, look=look, num_pictures=num_pictures, vram_gib=vram_gib)
@@ -208,42 +210,60 @@ def test_picture_count_warnings(subject, num_pictures, warned):
     assert ("DATA-COUNT" in rules) == warned
 
 
-@pytest.mark.parametrize("gpu", ["RTX 4060", "RTX 3080", "RTX 3060 12GB", "RTX 4080", "RTX 4090", "RTX 5090", "A100 80GB"])
+@pytest.mark.parametrize("gpu", ["GTX 1650", "RTX 2060", "RTX 4060", "RTX 3080", "RTX 3060 12GB", "RTX 4080", "RTX 4090",
+                                 "RTX 5090", "A100 80GB"])
 @pytest.mark.parametrize(("subject", "num_pictures"), [("character", 20), ("style", 200)])
 def test_plans_fit_the_card_they_are_made_for(gpu, subject, num_pictures):
-    """Weights, 3.8 GiB of activations a picture (0.65 recomputed), and 10 to 22 bytes per LoRA weight, added by hand."""
     result = derived(gpu, num_pictures, subject=subject)
-    bytes_per_weight = {"AdamW8bit": 10, "AdamW": 16, "Prodigy": 22}[result.value("optimizer")]
-    kept = 3.1 if result.value("int8_activations") else 3.8
-    activations = (0.65 if result.value("gradient_checkpointing") else kept) * result.value("batch_size")
-    weights = {"no": 4.78, "int8": 2.42, "nf4": 1.43}[result.value("quantize_base")]
-    needed = weights + activations + 2.66e6 * result.value("rank") * bytes_per_weight / 2**30
-    assert needed + 1 < result.value("vram_gib") and not any("VRAM" in warning["text"] for warning in result.warnings)
+    assert result.value("peak_gib") + 0.3 <= result.value("vram_gib")
+    assert not any("VRAM" in warning["text"] for warning in result.warnings)
+    if "nothing" in result.values["gradient_checkpointing"].reason:  # else the sum depends on which blocks pay
+        kept = 3.04 if result.value("int8_activations") else 3.79
+        weights = {"no": 4.78, "int8": 2.42, "nf4": 1.43}[result.value("quantize_base")]
+        states = {"AdamW8bit": 10, "AdamW": 16, "Prodigy": 22}[result.value("optimizer")]
+        lora = 2.66e6 * result.value("rank") * states / 2**30
+        by_hand = 1.03 * (weights + kept * result.value("batch_size") + lora) + 0.47
+        assert result.value("peak_gib") == pytest.approx(by_hand, rel=0.05)
 
 
-@pytest.mark.parametrize(("gpu", "vram_gib", "how"), [
-    ("RTX 3060 12GB", None, "no"), ("RTX 4060", None, "no"), ("RTX 2060", None, "int8"), ("GTX 1650", None, "nf4")])
-def test_the_base_is_kept_as_exact_as_the_card_allows(gpu, vram_gib, how):
-    result = derived(gpu, vram_gib=vram_gib)
+@pytest.mark.parametrize(("gpu", "how", "paid"), [
+    ("RTX 3060 12GB", "no", "nothing"), ("RTX 4060", "int8", "1 of 87"), ("RTX 2060", "no", "streamed"),
+    ("GTX 1650", "no", "streamed")])
+def test_the_way_that_takes_least_time_is_planned_an_exact_base_counting_as_a_little_faster(gpu, how, paid):
+    result = derived(gpu)
     assert result.value("quantize_base") == how, result.values["quantize_base"].reason
-    assert not any("of VRAM" in warning["text"] for warning in result.warnings)
+    assert paid in result.values["gradient_checkpointing"].reason, result.values["gradient_checkpointing"].reason
+    assert result.value("seconds_per_step") > 0
 
 
-@pytest.mark.parametrize(("vram_gib", "recompute", "in_int8"), [(12, False, False), (10, False, True), (8, True, False)])
-def test_activations_are_kept_where_they_fit_if_need_be_in_int8(vram_gib, recompute, in_int8):
-    """4.8 of base, 0.8 of LoRA with its states, 1.2 in reserve, and 3.8, 3.1 or 0.65 GiB of activations."""
-    result = derived(vram_gib=vram_gib, overrides={"rank": 32, "optimizer": "AdamW8bit"})
-    found = result.value("gradient_checkpointing"), result.value("int8_activations")
-    assert found == (recompute, in_int8), result.values["gradient_checkpointing"].reason
-    by_hand = derived(vram_gib=vram_gib, overrides={"rank": 32, "gradient_checkpointing": True})
-    assert not by_hand.value("int8_activations")
+def test_a_base_is_streamed_only_where_pci_express_can_keep_up():
+    """At 512 pixels a step computes a fifth and fetches as much, so a smaller base on the card is faster."""
+    result = derived("RTX 2060", overrides={"resolution": 512})
+    assert result.value("quantize_base") == "int8" and "streamed" not in result.values["gradient_checkpointing"].reason
+
+
+def test_nothing_is_streamed_that_the_host_can_not_hold(monkeypatch):
+    """A card that is in this machine, beside 5 GiB of free memory: 2 GiB of them for a base."""
+    gpu = replace(resolve_gpu("GTX 1650"), free_gib=3.8)
+    monkeypatch.setattr(memory_rules, "host_memory_bytes", lambda: 5 * 2**30)
+    result = derive(Answers(images="pictures", base="sdxl.safetensors"), scan(20), BASE, gpu)
+    assert result.value("quantize_base") in ("int8", "nf4") and result.value("peak_gib") < 3.8
+
+
+def test_what_is_set_by_hand_leads_to_another_way():
+    exact = derived("RTX 4060", overrides={"quantize_base": "no", "int8_activations": False})
+    assert "streamed" in exact.values["gradient_checkpointing"].reason
+    never_twice = derived("GTX 1650", overrides={"gradient_checkpointing": False, "rank": 8})
+    assert "recomputed" not in never_twice.values["gradient_checkpointing"].reason
+    assert derived("RTX 4090", overrides={"batch_size": 8}).value("peak_gib") < 24
 
 
 def test_cards_that_are_too_small_are_told():
-    assert any("of VRAM, its base in nf4, and the card has 3 GiB" in warning["text"]
-               for warning in derived("GTX 1650", vram_gib=3).warnings)
-    assert any("of VRAM, its base in 16 bits" in warning["text"]
-               for warning in derived("GTX 1650", overrides={"quantize_base": "no"}).warnings)
+    assert any("of VRAM, its base in nf4, and the card has 2 GiB" in warning["text"]
+               for warning in derived("GTX 1650", vram_gib=2, overrides={"rank": 64}).warnings)
+    gpu = replace(resolve_gpu("RTX 4090"), free_gib=5.0)
+    result = derive(Answers(images="pictures", base="sdxl.safetensors"), scan(20), BASE, gpu)
+    assert any("Only 5.0 GiB" in warning["text"] for warning in result.warnings)
 
 
 def test_what_was_set_by_hand_wins_and_moves_the_rest():
@@ -271,14 +291,6 @@ def test_no_answers_lead_to_an_invalid_plan(subject, look, count, vram_gib, repe
     plan = Plan(name="n", created="2026-01-01T00:00:00+00:00", base_model="b", images="p", **values)
     assert all(value.reason for value in result.values.values())
     assert 1 <= plan.rank <= 1024 and plan.alpha <= max(plan.rank, 1)
-
-
-def test_under_dropout_activations_take_what_diffusers_blocks_keep():
-    """12 GiB hold 4.8 + 0.8 + 1.2 + 3.8, but not 6.3."""
-    plain, dropout = (derived(vram_gib=12, overrides={"rank": 32, "optimizer": "AdamW8bit", **more})
-                      for more in ({}, {"network_dropout": 0.1}))
-    assert not plain.value("gradient_checkpointing") and dropout.value("gradient_checkpointing")
-    assert not dropout.value("int8_activations")
 
 
 def test_a_stop_of_text_encoders_that_dont_learn_is_named():

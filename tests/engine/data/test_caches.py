@@ -10,6 +10,7 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 
+from crumb.engine import faults
 from crumb.engine.data import caches
 from crumb.engine.data.caches import (
     View,
@@ -183,6 +184,7 @@ def test_entries_are_private(tmp_path):
 
 class BrokenVae(torch.nn.Module):
     """Gives NaN for pictures that are brighter than they are dark."""
+    device = torch.device("cpu")
 
     dtype = torch.float16
 
@@ -200,6 +202,19 @@ def test_nan_names_the_picture_and_is_not_cached(tmp_path):
         fill(pictures, BrokenVae(), tmp_path / "cache", batch_size=2)
     names = [path.name for path in (tmp_path / "cache").rglob("*.safetensors")]
     assert len(names) <= 1
+
+
+def test_where_the_gpu_has_no_room_the_processor_encodes(tmp_path, pictures, vae, monkeypatch):
+    plain, _, _ = fill(pictures, vae, tmp_path / "plain")
+    monkeypatch.setattr(faults, "_left", ["out of memory: cache latents", "out of memory: cache captions"])
+    paths, _, progress = fill(pictures, vae, tmp_path / "cache")
+    assert faults._left == ["out of memory: cache captions"] and progress[-1] == (len(pictures), len(pictures))
+    assert all(torch.equal(read_entry(path)["mean"], read_entry(other)["mean"]) for path, other in zip(paths, plain))
+
+    devices = []
+    cache_prompts(["a", "b"], devices.append, lambda *_: (torch.zeros(1, 77, 4), torch.zeros(1, 4)), "clip", "fp32", tmp_path,
+                  on_progress=quiet, device="cuda")
+    assert devices == ["cpu"] and not faults._left
 
 
 def test_picture_that_changes_or_vanishes_is_named(tmp_path, pictures, vae):
@@ -225,8 +240,8 @@ def test_tiled_encoding_is_kept_apart(tmp_path, vae):
 def test_prompts_are_encoded_once_each(tmp_path):
     encoded, loads, progress = [], [], []
 
-    def load_text_encoders():
-        loads.append(1)
+    def load_text_encoders(device):
+        loads.append(device)
         return "encoders"
 
     def encode(text_encoders, prompts):
@@ -236,8 +251,8 @@ def test_prompts_are_encoded_once_each(tmp_path):
 
     def run(prompts):
         return cache_prompts(
-            prompts, load_text_encoders, encode, "clip", "bf16", tmp_path, on_progress=lambda *at: progress.append(at)
-        )
+            prompts, load_text_encoders, encode, "clip", "bf16", tmp_path, on_progress=lambda *at: progress.append(at),
+            device="cpu")
 
     paths = run(["a cat", "", "a cat", "一只猫"])
     assert encoded == ["a cat", "", "一只猫"] and progress[-1] == (3, 3) and len(set(paths.values())) == 3
@@ -252,5 +267,5 @@ def test_nan_names_the_prompt(tmp_path):
         return torch.full((1, 77, 16), float("inf"), dtype=torch.float16), torch.zeros(1, 8)
 
     with pytest.raises(CrumbError, match=r'"a cat".*float16'):
-        cache_prompts(["a cat"], lambda: None, encode, "clip", "fp16", tmp_path, on_progress=quiet)
+        cache_prompts(["a cat"], lambda device: None, encode, "clip", "fp16", tmp_path, on_progress=quiet, device="cpu")
     assert caches.read_entry(entry_path(tmp_path, caches.prompt_key("a cat", "clip", "fp16"))) is None

@@ -26,7 +26,7 @@ from crumb.profiles.pictures import Picture
 from crumb.profiles.plan import Plan
 from crumb.profiles.subsets import effective_subsets
 
-PLACEMENT = Placement(torch.device("cpu"), torch.float32, False)
+PLACEMENT = Placement(torch.device("cpu"), torch.float32)
 
 
 def test_time_ids_by_hand():

@@ -20,7 +20,7 @@ from crumb.engine.train.sample import make_scheduler, sample_pictures
 from crumb.profiles.base_model import inspect_base_model
 from crumb.profiles.sample_prompts import sample_prompts, texts_of
 
-PLACEMENT = Placement(torch.device("cpu"), torch.float32, False)
+PLACEMENT = Placement(torch.device("cpu"), torch.float32)
 ALL_OPTIONS = "a red cat --n blurry --d 5 --w 192 --h 64 --l 5 --s 3"
 
 
@@ -32,8 +32,8 @@ def draw(tiny_base, tmp_path, make_plan):
     def draw(*prompts: str, **settings) -> list[np.ndarray]:
         plan = make_plan(base_model=str(tiny_base), sample_prompts=list(prompts),
                          **{"sample_steps": 4, "sample_guidance": 3.0, "seed": 11} | settings)
-        paths = cache_prompts(texts_of(sample_prompts(plan)), lambda: load_text_encoders(base, torch.float32),
-                              encode_prompts, "base", "float32", tmp_path / "cache", on_progress=lambda *_: None)
+        paths = cache_prompts(texts_of(sample_prompts(plan)), lambda device: load_text_encoders(base, torch.float32, device),
+                              encode_prompts, "base", "float32", tmp_path / "cache", on_progress=lambda *_: None, device="cpu")
         draw.unet = load_unet(base, torch.float32)
         draw.num_passes = 0
         draw.unet.register_forward_hook(lambda *_: setattr(draw, "num_passes", draw.num_passes + 1))
