@@ -3,7 +3,7 @@
 Its products are those of lora_linear.py, lora_linear_int8.py and lora_linear_nf4.py, by the kind of weight.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -23,6 +23,8 @@ class Layer:
     lora_A: Tensor | None = None
     lora_B: Tensor | None = None
     scaling: float = 0.0
+    kept: Tensor | None = None
+    """(B, tokens or 1, R) bool where dropout acts: which values of x Aᵀ stay in this pass; `scaling` makes up for the rest."""
 
 
 def loras(layers: list[Layer]) -> list[Tensor | None]:
@@ -30,19 +32,26 @@ def loras(layers: list[Layer]) -> list[Tensor | None]:
     return [factor for layer in layers for factor in (layer.lora_A, layer.lora_B)]
 
 
+def with_masks(layers: list, masks: list[Tensor | None]) -> list:
+    """The layers with these for `kept`. Functions hold on to layers without, and save masks as all tensors of a pass."""
+    return [layer if layer.kept is kept else replace(layer, kept=kept) for layer, kept in zip(layers, masks)]
+
+
 def linear(x: Tensor, layer: Layer) -> Tensor:
     """The layer on its own, differentiable in x, A and B."""
     products = products_of(layer.weight)
     if layer.lora_A is None:
         return FrozenLinearFunction.apply(x, layer.weight, layer.bias, products)
-    return LoRALinearFunction.apply(x, layer.weight, layer.bias, layer.lora_A, layer.lora_B, layer.scaling, products)
+    return LoRALinearFunction.apply(x, layer.weight, layer.bias, layer.lora_A, layer.lora_B, layer.scaling, products,
+                                    layer.kept)
 
 
 # Without autograd, for functions with a backward of their own.
 
 def forward(rows: Tensor, layer: Layer) -> tuple[Tensor, Tensor | None]:
     """y (M, N), and x Aᵀ (M, R) for backward."""
-    return products_of(layer.weight).forward(rows, layer.weight, layer.bias, layer.lora_A, layer.lora_B, layer.scaling)
+    return products_of(layer.weight).forward(rows, layer.weight, layer.bias, layer.lora_A, layer.lora_B, layer.scaling,
+                                              layer.kept)
 
 
 def backward(dy: Tensor, rows: Tensor | None, down: Tensor | None, layer: Layer,
@@ -50,14 +59,14 @@ def backward(dy: Tensor, rows: Tensor | None, down: Tensor | None, layer: Layer,
     """dX, dA and dB; dA is None where `rows` is, and both where there is no LoRA."""
     has_lora = layer.lora_A is not None
     return products_of(layer.weight).backward(dy, rows, down, layer.weight, layer.lora_A, layer.lora_B, layer.scaling,
-                                              (needs_x, has_lora and rows is not None, has_lora))
+                                              (needs_x, has_lora and rows is not None, has_lora), layer.kept)
 
 
 def lora_A_gradient(dy: Tensor, rows: Tensor, layer: Layer) -> Tensor | None:
     """dA alone, where the rows were not at hand for `backward`. Reads dy once more."""
     if layer.lora_A is None:
         return None
-    return (down_gradient(dy, layer.lora_B, layer.scaling).T @ rows).to(layer.lora_A.dtype)
+    return (down_gradient(dy, layer.lora_B, layer.scaling, layer.kept).T @ rows).to(layer.lora_A.dtype)
 
 
 def products_of(weight: Weight) -> Products:

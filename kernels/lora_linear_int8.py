@@ -37,7 +37,7 @@ from crumb.kernels import lora_linear as linear16
 from crumb.kernels.dispatch import uses_triton, way
 from crumb.kernels.language import cdiv, jit, tl, triton
 from crumb.kernels.launch import Launch, launch_on, num_processors
-from crumb.kernels.lora_linear import LoRALinearFunction, Needs, Products
+from crumb.kernels.lora_linear import LoRALinearFunction, Needs, Products, leave_out
 from crumb.kernels.quantize import INT8_LARGEST, TINY, Int8Weight, weight_buffer
 
 GROUP = 128
@@ -52,31 +52,33 @@ def lora_linear_int8(x: Tensor, weight: Int8Weight, bias: Tensor | None, lora_A:
 
 
 def forward(rows: Tensor, weight: Int8Weight, bias: Tensor | None, lora_A: Tensor | None, lora_B: Tensor | None,
-            scaling: float) -> tuple[Tensor, Tensor | None]:
+            scaling: float, kept: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """y (M, N), and s = x Aᵀ (M, R) for backward; A and B are None for a layer without a LoRA."""
     if _needs_dequantised(rows):
-        return linear16.forward(rows, _dequantised(weight, rows.dtype), bias, lora_A, lora_B, scaling)
+        return linear16.forward(rows, _dequantised(weight, rows.dtype), bias, lora_A, lora_B, scaling, kept)
     fused = lora_A is not None and len(lora_A) <= LARGEST_RANK
     quantised, down = quantise(rows, factor=lora_A.T if fused else None)
-    y = multiply(quantised, weight.values, weight.scales, bias, down, lora_B.T if fused else None, scaling)
+    y = multiply(quantised, weight.values, weight.scales, bias, leave_out(down, kept), lora_B.T if fused else None, scaling)
     if lora_A is not None and not fused:
-        down = rows @ lora_A.to(rows.dtype).T
+        down = leave_out(rows @ lora_A.to(rows.dtype).T, kept)
         y.addmm_(down, lora_B.to(rows.dtype).T, alpha=scaling)
     return y, down
 
 
 def backward(dy: Tensor, rows: Tensor | None, down: Tensor | None, weight: Int8Weight, lora_A: Tensor | None,
-             lora_B: Tensor | None, scaling: float, needs: Needs) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+             lora_B: Tensor | None, scaling: float, needs: Needs,
+             kept: Tensor | None = None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """dX, dA and dB, as far as they are needed; `rows` is only read for dA and `down` only for dB."""
     if _needs_dequantised(dy):
         dense = _dequantised(weight, dy.dtype) if needs[0] else None
-        return linear16.backward(dy, rows, down, dense, lora_A, lora_B, scaling, needs)
+        return linear16.backward(dy, rows, down, dense, lora_A, lora_B, scaling, needs, kept)
     fused = needs[0] and lora_A is not None and len(lora_A) <= LARGEST_RANK
     dx = d_down = None
     if lora_A is not None and not fused and (needs[0] or needs[1]):
-        d_down = linear16.down_gradient(dy, lora_B, scaling)
+        d_down = linear16.down_gradient(dy, lora_B, scaling, kept)
     if needs[0]:
         quantised, projected = quantise(dy, weight.scales, lora_B if fused else None, scaling)
+        leave_out(projected, kept)
         dx = multiply(quantised, _transposed(weight.values), None, None, projected, lora_A if fused else None, 1.0)
         if fused:
             d_down = projected

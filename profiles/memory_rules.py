@@ -3,7 +3,6 @@
 from crumb.profiles.base_model import BaseModel
 from crumb.profiles.derivation import Derivation
 from crumb.profiles.hardware import Gpu
-from crumb.profiles.plan_rules import DROPOUTS
 from crumb.profiles.vram import BYTES_PER_WEIGHT, estimate_vram_gib
 
 FULL_MODEL_PARAMETERS = 1_000_000_000
@@ -50,7 +49,7 @@ def _derive_activations(result: Derivation, base: BaseModel, gpu: Gpu, full: boo
     """Kept until backward, kept with the largest in int8, or computed twice: the first that fits is the fastest."""
     quantised = result.value("quantize_base")
     kept_gib, in_int8_gib = (_needed_gib(result, base, 1, False, quantised, in_int8) for in_int8 in (False, True))
-    kept, in_int8 = not full or gpu.vram_gib >= kept_gib, gpu.vram_gib >= in_int8_gib and not _drops_out(result)
+    kept, in_int8 = not full or gpu.vram_gib >= kept_gib, gpu.vram_gib >= in_int8_gib
     needs = f"activations would need about {kept_gib:.1f} GiB in all, in int8 {in_int8_gib:.1f}"
     reason = needs if not kept else "this base is small: its activations fit" if not full else (
         f"all activations fit (about {kept_gib:.1f} GiB in all)")
@@ -63,12 +62,7 @@ def _needed_gib(result: Derivation, base: BaseModel, batch_size: int, recompute:
                 quantize_base: str, int8_activations: bool = False) -> float:
     return estimate_vram_gib(base.num_unet_parameters, result.value("resolution"), batch_size, recompute,
                              result.value("optimizer"), result.value("targets"), result.value("rank"),
-                             result.value("conv_rank"), text_encoders_learn(result), quantize_base, int8_activations,
-                             _drops_out(result))
-
-
-def _drops_out(result: Derivation) -> bool:
-    return any(result.overrides.get(name) for name in DROPOUTS)
+                             result.value("conv_rank"), text_encoders_learn(result), quantize_base, int8_activations)
 
 
 def _planned_gib(result: Derivation, base: BaseModel, batch_size: int) -> float:

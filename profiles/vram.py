@@ -8,8 +8,6 @@ from crumb.profiles.hardware import GIB
 
 KEPT_ACTIVATIONS_GIB = 3.8
 KEPT_IN_INT8_GIB = 3.1
-KEPT_UNDER_DROPOUT_GIB = 6.3
-"""The blocks compute as diffusers wrote them where a LoRA layer leaves something out at random."""
 RECOMPUTED_ACTIVATIONS_GIB = 0.65
 RESERVE_GIB = 1.2
 """CUDA context, workspaces, transients and what the desktop takes."""
@@ -30,10 +28,10 @@ STATE_BYTES = {"AdamW8bit": 2, "AdamW": 8, "Prodigy": 14, "Prodigy8bit": 2.5, "D
 
 def estimate_vram_gib(num_unet_parameters: int, resolution: int, batch_size: int, recompute: bool, optimizer: str,
                       targets: str, rank: int, conv_rank: int, text_encoders_learn: bool = False, quantize_base: str = "no",
-                      int8_activations: bool = False, dropout: bool = False) -> float:
+                      int8_activations: bool = False) -> float:
     """Peak GPU memory of training a full-size SDXL."""
     weights = num_unet_parameters * BYTES_PER_WEIGHT[quantize_base] / GIB
-    kept = KEPT_UNDER_DROPOUT_GIB if dropout else KEPT_IN_INT8_GIB if int8_activations else KEPT_ACTIVATIONS_GIB
+    kept = KEPT_IN_INT8_GIB if int8_activations else KEPT_ACTIVATIONS_GIB
     per_picture = RECOMPUTED_ACTIVATIONS_GIB if recompute else kept
     activations = per_picture * batch_size * (resolution / 1024) ** 2
     num_parameters = PARAMETERS_PER_RANK[targets] * rank + PARAMETERS_PER_CONV_RANK * conv_rank

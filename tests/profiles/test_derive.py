@@ -256,14 +256,6 @@ def test_no_answers_lead_to_an_invalid_plan(subject, look, count, vram_gib, repe
     assert 1 <= plan.rank <= 1024 and plan.alpha <= max(plan.rank, 1)
 
 
-def test_under_dropout_activations_take_what_diffusers_blocks_keep():
-    """12 GiB hold 4.8 + 0.8 + 1.2 + 3.8, but not 6.3."""
-    plain, dropout = (derived(vram_gib=12, overrides={"rank": 32, "optimizer": "AdamW8bit", **more})
-                      for more in ({}, {"network_dropout": 0.1}))
-    assert not plain.value("gradient_checkpointing") and dropout.value("gradient_checkpointing")
-    assert not dropout.value("int8_activations")
-
-
 def test_a_stop_of_text_encoders_that_dont_learn_is_named():
     told = [warning["text"] for warning in derived(overrides={"text_encoder_stop_after": 0.5}).warnings]
     assert any("don't learn: ignored" in text for text in told)
