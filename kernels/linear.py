@@ -5,10 +5,13 @@ Its products are those of lora_linear.py, lora_linear_int8.py and lora_linear_nf
 
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
-from crumb.kernels import lora_linear, lora_linear_int8, lora_linear_nf4
-from crumb.kernels.lora_linear import FrozenLinearFunction, LoRALinearFunction, Products, down_gradient
+from crumb.kernels import lora_linear, lora_linear_nf4
+from crumb.kernels import lora_linear_int8 as int8
+from crumb.kernels.dispatch import uses_triton
+from crumb.kernels.lora_linear import FrozenLinearFunction, LoRALinearFunction, Products, down_gradient, leave_out
 from crumb.kernels.quantize import Int8Weight, NF4Weight
 
 Weight = Tensor | Int8Weight | NF4Weight
@@ -54,6 +57,23 @@ def forward(rows: Tensor, layer: Layer) -> tuple[Tensor, Tensor | None]:
                                               layer.kept)
 
 
+def forward_all(rows: Tensor, layers: list[Layer]) -> list[tuple[Tensor, Tensor | None]]:
+    """`forward` of each layer. Kernels of int8 weights share one quantisation, made in the same read of the rows as x Aᵀ."""
+    factors = [layer.lora_A for layer in layers if layer.lora_A is not None]
+    ranks = [len(lora_A) for lora_A in factors]
+    takes_kernels = all(isinstance(layer.weight, Int8Weight) for layer in layers) and uses_triton("lora_linear_int8", rows)
+    if not takes_kernels or sum(ranks) > int8.LARGEST_RANK:
+        return [forward(rows, layer) for layer in layers]
+    quantised, projected = int8.quantise(rows, factor=torch.cat(factors).T if factors else None)
+    downs = iter(projected.split(ranks, 1) if factors else ())
+    results = []
+    for layer in layers:
+        down, up = (None, None) if layer.lora_A is None else (leave_out(next(downs), layer.kept), layer.lora_B.T)
+        results.append((int8.multiply(quantised, layer.weight.values, layer.weight.scales, layer.bias, down, up,
+                                      layer.scaling), down))
+    return results
+
+
 def backward(dy: Tensor, rows: Tensor | None, down: Tensor | None, layer: Layer,
              needs_x: bool = True) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """dX, dA and dB; dA is None where `rows` is, and both where there is no LoRA."""
@@ -71,5 +91,5 @@ def lora_A_gradient(dy: Tensor, rows: Tensor, layer: Layer) -> Tensor | None:
 
 def products_of(weight: Weight) -> Products:
     if isinstance(weight, Int8Weight):
-        return lora_linear_int8.PRODUCTS
+        return int8.PRODUCTS
     return lora_linear_nf4.PRODUCTS if isinstance(weight, NF4Weight) else lora_linear.PRODUCTS

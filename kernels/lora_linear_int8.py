@@ -135,10 +135,10 @@ def multiply(left: Quantised, weight: Tensor, weight_scales: Tensor | None, bias
              up: Tensor | None, scaling: float) -> Tensor:
     """left @ weightᵀ · weight_scales + bias + scaling · (down @ up), in left's dtype.
 
-    weight (C, L) int8, weight_scales (C,), bias (C,), down (M, R), all contiguous; up (R, C) of any strides and dtype.
+    weight (C, L) int8, weight_scales (C,), bias (C,), all contiguous; down (M, R), its rows contiguous each, at any distance;
+    up (R, C) of any strides and dtype.
     """
-    takes_triton = way("lora_linear_int8", weight.device, left.dtype).triton
-    compute = _multiply_triton if takes_triton else _multiply_plain
+    compute = _multiply_triton if way("lora_linear_int8", weight.device, left.dtype).triton else _multiply_plain
     return compute(left, weight, weight_scales, bias, down, up, scaling)
 
 
@@ -186,13 +186,13 @@ def _multiply_triton(left, weight, weight_scales, bias, down, up, scaling):
     (num_rows, length), num_columns = left.values.shape, len(weight)
     out = torch.empty(num_rows, num_columns, dtype=left.dtype, device=weight.device)
     rank = 0 if down is None else down.shape[1]
+    strides = (down.stride(0), *up.stride()) if rank else (0, 0, 0)
     launch = _product_launch(num_rows, num_columns, weight.device)
     num_tiles = cdiv(num_rows, launch.blocks["BLOCK_M"]) * cdiv(num_columns, launch.blocks["BLOCK_N"])
     if num_rows:
         multiply_kernel[(num_tiles,)](
             left.values, left.scales, weight, weight_scales, bias, down, up, out, scaling, num_rows, num_columns, length,
-            rank, *(up.stride() if rank else (0, 0)), GROUP=GROUP, RANK=_padded(rank), EVEN=length % GROUP == 0,
-            **launch.options())
+            rank, *strides, GROUP=GROUP, RANK=_padded(rank), EVEN=length % GROUP == 0, **launch.options())
     return out
 
 
@@ -239,7 +239,7 @@ def quantise_kernel(rows, fold, factor, values, scales, projected, scaling, num_
 
 @jit
 def multiply_kernel(left, left_scales, weight, weight_scales, bias, down, up, out, scaling, num_rows, num_columns, length,
-                    rank, up_stride_r, up_stride_c,
+                    rank, down_stride, up_stride_r, up_stride_c,
                     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BAND: tl.constexpr, GROUP: tl.constexpr,
                     RANK: tl.constexpr, EVEN: tl.constexpr):
     # Tiles are taken in bands of BAND tiles of rows, column by column, so that neighbours find the weight in the cache.
@@ -282,7 +282,7 @@ def multiply_kernel(left, left_scales, weight, weight_scales, bias, down, up, ou
         total += tl.load(bias + column, column_in, 0.0).to(tl.float32)[None, :]
     if RANK > 0:
         r = tl.arange(0, RANK)
-        s = tl.load(down + row[:, None] * rank + r[None, :], row_in[:, None] & (r < rank)[None, :], 0.0)
+        s = tl.load(down + row[:, None] * down_stride + r[None, :], row_in[:, None] & (r < rank)[None, :], 0.0)
         b = tl.load(up + r[:, None] * up_stride_r + column[None, :] * up_stride_c,
                     (r < rank)[:, None] & column_in[None, :], 0.0)
         total += scaling * tl.dot(s, b.to(s.dtype))

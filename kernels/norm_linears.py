@@ -38,7 +38,7 @@ class _NormLinears(torch.autograd.Function):
     def forward(ctx, x, norm, layers, *loras):
         rows = as_rows(x)
         normed, mean, rstd = layer_norm_forward(rows, norm.weight, norm.bias, norm.eps)
-        outputs, downs = zip(*(linear.forward(normed, layer) for layer in layers))
+        outputs, downs = zip(*linear.forward_all(normed, layers))
         ctx.save_for_backward(x, mean, rstd, *downs, *(layer.kept for layer in layers))
         ctx.norm, ctx.layers = norm, with_masks(layers, [None] * len(layers))
         ctx.set_materialize_grads(False)
