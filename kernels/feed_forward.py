@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from crumb.kernels import geglu, linear
 from crumb.kernels.layer_norm import layer_norm_again, layer_norm_backward, layer_norm_forward
-from crumb.kernels.linear import Layer
+from crumb.kernels.linear import Layer, with_masks
 from crumb.kernels.lora_linear import as_rows
 from crumb.kernels.norm_linears import Norm
 
@@ -37,15 +37,15 @@ class _FeedForward(torch.autograd.Function):
             hidden, kept = geglu.geglu_forward(projected), (projected,)
         del projected
         y, down_out = linear.forward(hidden, layer_out)
-        ctx.save_for_backward(x, mean, rstd, down_in, down_out, *kept)
-        ctx.norm, ctx.layers, ctx.keep_int8 = norm, (layer_in, layer_out), keep_int8
+        ctx.save_for_backward(x, mean, rstd, down_in, down_out, layer_in.kept, layer_out.kept, *kept)
+        ctx.norm, ctx.layers, ctx.keep_int8 = norm, with_masks([layer_in, layer_out], [None, None]), keep_int8
         return y.add_(rows).view_as(x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        x, mean, rstd, down_in, down_out, *kept = ctx.saved_tensors
-        layer_in, layer_out = ctx.layers
+        x, mean, rstd, down_in, down_out, mask_in, mask_out, *kept = ctx.saved_tensors
+        layer_in, layer_out = with_masks(ctx.layers, [mask_in, mask_out])
         rows, dy_rows = as_rows(x), as_rows(dy)
         # dA of the second linear needs the GEGLU's result, which its backward pass makes again beside the gradient.
         d_hidden, _, d_out_B = linear.backward(dy_rows, None, down_out, layer_out)

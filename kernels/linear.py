@@ -3,12 +3,15 @@
 Its products are those of lora_linear.py, lora_linear_int8.py and lora_linear_nf4.py, by the kind of weight.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
-from crumb.kernels import lora_linear, lora_linear_int8, lora_linear_nf4
-from crumb.kernels.lora_linear import FrozenLinearFunction, LoRALinearFunction, Products, down_gradient
+from crumb.kernels import lora_linear, lora_linear_nf4
+from crumb.kernels import lora_linear_int8 as int8
+from crumb.kernels.dispatch import uses_triton
+from crumb.kernels.lora_linear import FrozenLinearFunction, LoRALinearFunction, Products, down_gradient, leave_out
 from crumb.kernels.quantize import Int8Weight, NF4Weight
 
 Weight = Tensor | Int8Weight | NF4Weight
@@ -23,6 +26,8 @@ class Layer:
     lora_A: Tensor | None = None
     lora_B: Tensor | None = None
     scaling: float = 0.0
+    kept: Tensor | None = None
+    """(B, tokens or 1, R) bool where dropout acts: which values of x Aᵀ stay in this pass; `scaling` makes up for the rest."""
 
 
 def loras(layers: list[Layer]) -> list[Tensor | None]:
@@ -30,19 +35,43 @@ def loras(layers: list[Layer]) -> list[Tensor | None]:
     return [factor for layer in layers for factor in (layer.lora_A, layer.lora_B)]
 
 
+def with_masks(layers: list, masks: list[Tensor | None]) -> list:
+    """The layers with these for `kept`. Functions hold on to layers without, and save masks as all tensors of a pass."""
+    return [layer if layer.kept is kept else replace(layer, kept=kept) for layer, kept in zip(layers, masks)]
+
+
 def linear(x: Tensor, layer: Layer) -> Tensor:
     """The layer on its own, differentiable in x, A and B."""
     products = products_of(layer.weight)
     if layer.lora_A is None:
         return FrozenLinearFunction.apply(x, layer.weight, layer.bias, products)
-    return LoRALinearFunction.apply(x, layer.weight, layer.bias, layer.lora_A, layer.lora_B, layer.scaling, products)
+    return LoRALinearFunction.apply(x, layer.weight, layer.bias, layer.lora_A, layer.lora_B, layer.scaling, products,
+                                    layer.kept)
 
 
 # Without autograd, for functions with a backward of their own.
 
 def forward(rows: Tensor, layer: Layer) -> tuple[Tensor, Tensor | None]:
     """y (M, N), and x Aᵀ (M, R) for backward."""
-    return products_of(layer.weight).forward(rows, layer.weight, layer.bias, layer.lora_A, layer.lora_B, layer.scaling)
+    return products_of(layer.weight).forward(rows, layer.weight, layer.bias, layer.lora_A, layer.lora_B, layer.scaling,
+                                              layer.kept)
+
+
+def forward_all(rows: Tensor, layers: list[Layer]) -> list[tuple[Tensor, Tensor | None]]:
+    """`forward` of each layer. Kernels of int8 weights share one quantisation, made in the same read of the rows as x Aᵀ."""
+    factors = [layer.lora_A for layer in layers if layer.lora_A is not None]
+    ranks = [len(lora_A) for lora_A in factors]
+    takes_kernels = all(isinstance(layer.weight, Int8Weight) for layer in layers) and uses_triton("lora_linear_int8", rows)
+    if not takes_kernels or sum(ranks) > int8.LARGEST_RANK:
+        return [forward(rows, layer) for layer in layers]
+    quantised, projected = int8.quantise(rows, factor=torch.cat(factors).T if factors else None)
+    downs = iter(projected.split(ranks, 1) if factors else ())
+    results = []
+    for layer in layers:
+        down, up = (None, None) if layer.lora_A is None else (leave_out(next(downs), layer.kept), layer.lora_B.T)
+        results.append((int8.multiply(quantised, layer.weight.values, layer.weight.scales, layer.bias, down, up,
+                                      layer.scaling), down))
+    return results
 
 
 def backward(dy: Tensor, rows: Tensor | None, down: Tensor | None, layer: Layer,
@@ -50,17 +79,17 @@ def backward(dy: Tensor, rows: Tensor | None, down: Tensor | None, layer: Layer,
     """dX, dA and dB; dA is None where `rows` is, and both where there is no LoRA."""
     has_lora = layer.lora_A is not None
     return products_of(layer.weight).backward(dy, rows, down, layer.weight, layer.lora_A, layer.lora_B, layer.scaling,
-                                              (needs_x, has_lora and rows is not None, has_lora))
+                                              (needs_x, has_lora and rows is not None, has_lora), layer.kept)
 
 
 def lora_A_gradient(dy: Tensor, rows: Tensor, layer: Layer) -> Tensor | None:
     """dA alone, where the rows were not at hand for `backward`. Reads dy once more."""
     if layer.lora_A is None:
         return None
-    return (down_gradient(dy, layer.lora_B, layer.scaling).T @ rows).to(layer.lora_A.dtype)
+    return (down_gradient(dy, layer.lora_B, layer.scaling, layer.kept).T @ rows).to(layer.lora_A.dtype)
 
 
 def products_of(weight: Weight) -> Products:
     if isinstance(weight, Int8Weight):
-        return lora_linear_int8.PRODUCTS
+        return int8.PRODUCTS
     return lora_linear_nf4.PRODUCTS if isinstance(weight, NF4Weight) else lora_linear.PRODUCTS

@@ -10,6 +10,9 @@ Gradients, cheap products first (rank R is small):
     dA = dSᵀ x
     dB = c · dyᵀ s
 
+Where dropout acts, s and dS are multiplied by `kept`, a bool mask (B, tokens or 1, R) over rows (B · tokens); c then makes
+up for what is left out.
+
 Only x and s are kept for backward, once, in x's dtype; W needs no gradient. A and B may be fp32
 masters while x is 16-bit: they are cast on use, and their gradients come back in their own dtype.
 
@@ -42,19 +45,20 @@ def lora_linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None, lora_A
 
 
 def forward(rows: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor | None, lora_B: Tensor | None,
-            scaling: float) -> tuple[Tensor, Tensor | None]:
+            scaling: float, kept: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """y (M, N), and s = x Aᵀ (M, R) for backward."""
     y = rows @ weight.T if bias is None else torch.addmm(bias, rows, weight.T)
     if lora_A is None:
         return y, None
-    down = rows @ lora_A.to(rows.dtype).T
+    down = leave_out(rows @ lora_A.to(rows.dtype).T, kept)
     return y.addmm_(down, lora_B.to(rows.dtype).T, alpha=scaling), down
 
 
 def backward(dy: Tensor, rows: Tensor | None, down: Tensor | None, weight: Tensor, lora_A: Tensor | None,
-             lora_B: Tensor | None, scaling: float, needs: Needs) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+             lora_B: Tensor | None, scaling: float, needs: Needs,
+             kept: Tensor | None = None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """dX, dA and dB, as far as they are needed; `rows` is only read for dA and `down` only for dB."""
-    d_down = down_gradient(dy, lora_B, scaling) if lora_A is not None and (needs[0] or needs[1]) else None
+    d_down = down_gradient(dy, lora_B, scaling, kept) if lora_A is not None and (needs[0] or needs[1]) else None
     dx = None
     if needs[0]:
         dx = dy @ weight
@@ -63,9 +67,16 @@ def backward(dy: Tensor, rows: Tensor | None, down: Tensor | None, weight: Tenso
     return dx, *factor_gradients(dy, rows, down, d_down, lora_A, lora_B, scaling, needs)
 
 
-def down_gradient(dy: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+def down_gradient(dy: Tensor, lora_B: Tensor, scaling: float, kept: Tensor | None = None) -> Tensor:
     """dS."""
-    return (dy @ lora_B.to(dy.dtype)).mul_(scaling)
+    return leave_out((dy @ lora_B.to(dy.dtype)).mul_(scaling), kept)
+
+
+def leave_out(down: Tensor | None, kept: Tensor | None) -> Tensor | None:
+    """s or dS (M, R) without what dropout leaves out, in place."""
+    if down is not None and kept is not None:
+        down.view(len(kept), -1, down.shape[1]).mul_(kept)
+    return down
 
 
 def factor_gradients(dy: Tensor, rows: Tensor | None, down: Tensor | None, d_down: Tensor | None, lora_A: Tensor | None,
@@ -91,11 +102,11 @@ class LoRALinearFunction(torch.autograd.Function):
     """The node of all three kinds of weight. The weight is kept by reference: it is frozen, and may be moved meanwhile."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, lora_A, lora_B, scaling, products):
+    def forward(ctx, x, weight, bias, lora_A, lora_B, scaling, products, kept=None):
         rows = as_rows(x)
-        y, down = products.forward(rows, weight, bias, lora_A, lora_B, scaling)
+        y, down = products.forward(rows, weight, bias, lora_A, lora_B, scaling, kept)
         _, _, _, needs_A, needs_B, *_ = ctx.needs_input_grad
-        ctx.save_for_backward(rows if needs_A else None, down if needs_B else None, lora_A, lora_B)
+        ctx.save_for_backward(rows if needs_A else None, down if needs_B else None, lora_A, lora_B, kept)
         ctx.weight, ctx.scaling, ctx.products, ctx.shape = weight, scaling, products, x.shape
         return y.view(*x.shape[:-1], y.shape[-1])
 
@@ -103,10 +114,10 @@ class LoRALinearFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy):
         needs_x, _, _, needs_A, needs_B, *_ = ctx.needs_input_grad
-        rows, down, lora_A, lora_B = ctx.saved_tensors
+        rows, down, lora_A, lora_B, kept = ctx.saved_tensors
         dx, d_lora_A, d_lora_B = ctx.products.backward(as_rows(dy), rows, down, ctx.weight, lora_A, lora_B, ctx.scaling,
-                                                       (needs_x, needs_A, needs_B))
-        return dx if dx is None else dx.view(ctx.shape), None, None, d_lora_A, d_lora_B, None, None
+                                                       (needs_x, needs_A, needs_B), kept)
+        return dx if dx is None else dx.view(ctx.shape), None, None, d_lora_A, d_lora_B, None, None, None
 
 
 class FrozenLinearFunction(torch.autograd.Function):

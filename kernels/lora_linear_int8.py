@@ -37,7 +37,7 @@ from crumb.kernels import lora_linear as linear16
 from crumb.kernels.dispatch import uses_triton, way
 from crumb.kernels.language import cdiv, jit, tl, triton
 from crumb.kernels.launch import Launch, launch_on, num_processors
-from crumb.kernels.lora_linear import LoRALinearFunction, Needs, Products
+from crumb.kernels.lora_linear import LoRALinearFunction, Needs, Products, leave_out
 from crumb.kernels.quantize import INT8_LARGEST, TINY, Int8Weight, weight_buffer
 
 GROUP = 128
@@ -52,31 +52,33 @@ def lora_linear_int8(x: Tensor, weight: Int8Weight, bias: Tensor | None, lora_A:
 
 
 def forward(rows: Tensor, weight: Int8Weight, bias: Tensor | None, lora_A: Tensor | None, lora_B: Tensor | None,
-            scaling: float) -> tuple[Tensor, Tensor | None]:
+            scaling: float, kept: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """y (M, N), and s = x Aᵀ (M, R) for backward; A and B are None for a layer without a LoRA."""
     if _needs_dequantised(rows):
-        return linear16.forward(rows, _dequantised(weight, rows.dtype), bias, lora_A, lora_B, scaling)
+        return linear16.forward(rows, _dequantised(weight, rows.dtype), bias, lora_A, lora_B, scaling, kept)
     fused = lora_A is not None and len(lora_A) <= LARGEST_RANK
     quantised, down = quantise(rows, factor=lora_A.T if fused else None)
-    y = multiply(quantised, weight.values, weight.scales, bias, down, lora_B.T if fused else None, scaling)
+    y = multiply(quantised, weight.values, weight.scales, bias, leave_out(down, kept), lora_B.T if fused else None, scaling)
     if lora_A is not None and not fused:
-        down = rows @ lora_A.to(rows.dtype).T
+        down = leave_out(rows @ lora_A.to(rows.dtype).T, kept)
         y.addmm_(down, lora_B.to(rows.dtype).T, alpha=scaling)
     return y, down
 
 
 def backward(dy: Tensor, rows: Tensor | None, down: Tensor | None, weight: Int8Weight, lora_A: Tensor | None,
-             lora_B: Tensor | None, scaling: float, needs: Needs) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+             lora_B: Tensor | None, scaling: float, needs: Needs,
+             kept: Tensor | None = None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """dX, dA and dB, as far as they are needed; `rows` is only read for dA and `down` only for dB."""
     if _needs_dequantised(dy):
         dense = _dequantised(weight, dy.dtype) if needs[0] else None
-        return linear16.backward(dy, rows, down, dense, lora_A, lora_B, scaling, needs)
+        return linear16.backward(dy, rows, down, dense, lora_A, lora_B, scaling, needs, kept)
     fused = needs[0] and lora_A is not None and len(lora_A) <= LARGEST_RANK
     dx = d_down = None
     if lora_A is not None and not fused and (needs[0] or needs[1]):
-        d_down = linear16.down_gradient(dy, lora_B, scaling)
+        d_down = linear16.down_gradient(dy, lora_B, scaling, kept)
     if needs[0]:
         quantised, projected = quantise(dy, weight.scales, lora_B if fused else None, scaling)
+        leave_out(projected, kept)
         dx = multiply(quantised, _transposed(weight.values), None, None, projected, lora_A if fused else None, 1.0)
         if fused:
             d_down = projected
@@ -133,10 +135,10 @@ def multiply(left: Quantised, weight: Tensor, weight_scales: Tensor | None, bias
              up: Tensor | None, scaling: float) -> Tensor:
     """left @ weightᵀ · weight_scales + bias + scaling · (down @ up), in left's dtype.
 
-    weight (C, L) int8, weight_scales (C,), bias (C,), down (M, R), all contiguous; up (R, C) of any strides and dtype.
+    weight (C, L) int8, weight_scales (C,), bias (C,), all contiguous; down (M, R), its rows contiguous each, at any distance;
+    up (R, C) of any strides and dtype.
     """
-    takes_triton = way("lora_linear_int8", weight.device, left.dtype).triton
-    compute = _multiply_triton if takes_triton else _multiply_plain
+    compute = _multiply_triton if way("lora_linear_int8", weight.device, left.dtype).triton else _multiply_plain
     return compute(left, weight, weight_scales, bias, down, up, scaling)
 
 
@@ -184,13 +186,13 @@ def _multiply_triton(left, weight, weight_scales, bias, down, up, scaling):
     (num_rows, length), num_columns = left.values.shape, len(weight)
     out = torch.empty(num_rows, num_columns, dtype=left.dtype, device=weight.device)
     rank = 0 if down is None else down.shape[1]
+    strides = (down.stride(0), *up.stride()) if rank else (0, 0, 0)
     launch = _product_launch(num_rows, num_columns, weight.device)
     num_tiles = cdiv(num_rows, launch.blocks["BLOCK_M"]) * cdiv(num_columns, launch.blocks["BLOCK_N"])
     if num_rows:
         multiply_kernel[(num_tiles,)](
             left.values, left.scales, weight, weight_scales, bias, down, up, out, scaling, num_rows, num_columns, length,
-            rank, *(up.stride() if rank else (0, 0)), GROUP=GROUP, RANK=_padded(rank), EVEN=length % GROUP == 0,
-            **launch.options())
+            rank, *strides, GROUP=GROUP, RANK=_padded(rank), EVEN=length % GROUP == 0, **launch.options())
     return out
 
 
@@ -237,7 +239,7 @@ def quantise_kernel(rows, fold, factor, values, scales, projected, scaling, num_
 
 @jit
 def multiply_kernel(left, left_scales, weight, weight_scales, bias, down, up, out, scaling, num_rows, num_columns, length,
-                    rank, up_stride_r, up_stride_c,
+                    rank, down_stride, up_stride_r, up_stride_c,
                     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BAND: tl.constexpr, GROUP: tl.constexpr,
                     RANK: tl.constexpr, EVEN: tl.constexpr):
     # Tiles are taken in bands of BAND tiles of rows, column by column, so that neighbours find the weight in the cache.
@@ -280,7 +282,7 @@ def multiply_kernel(left, left_scales, weight, weight_scales, bias, down, up, ou
         total += tl.load(bias + column, column_in, 0.0).to(tl.float32)[None, :]
     if RANK > 0:
         r = tl.arange(0, RANK)
-        s = tl.load(down + row[:, None] * rank + r[None, :], row_in[:, None] & (r < rank)[None, :], 0.0)
+        s = tl.load(down + row[:, None] * down_stride + r[None, :], row_in[:, None] & (r < rank)[None, :], 0.0)
         b = tl.load(up + r[:, None] * up_stride_r + column[None, :] * up_stride_c,
                     (r < rank)[:, None] & column_in[None, :], 0.0)
         total += scaling * tl.dot(s, b.to(s.dtype))

@@ -26,16 +26,17 @@ def lora_linear_nf4(x: Tensor, weight: NF4Weight, bias: Tensor | None, lora_A: T
 
 
 def forward(rows: Tensor, weight: NF4Weight, bias: Tensor | None, lora_A: Tensor | None, lora_B: Tensor | None,
-            scaling: float) -> tuple[Tensor, Tensor | None]:
+            scaling: float, kept: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """y (M, N), and s = x Aᵀ (M, R) for backward; A and B are None for a layer without a LoRA."""
-    return linear16.forward(rows, dequantise(weight, rows.dtype), bias, lora_A, lora_B, scaling)
+    return linear16.forward(rows, dequantise(weight, rows.dtype), bias, lora_A, lora_B, scaling, kept)
 
 
 def backward(dy: Tensor, rows: Tensor | None, down: Tensor | None, weight: NF4Weight, lora_A: Tensor | None,
-             lora_B: Tensor | None, scaling: float, needs: Needs) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+             lora_B: Tensor | None, scaling: float, needs: Needs,
+             kept: Tensor | None = None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """dX, dA and dB, as far as they are needed; `rows` is only read for dA and `down` only for dB."""
     dense = dequantise(weight, dy.dtype) if needs[0] else None
-    return linear16.backward(dy, rows, down, dense, lora_A, lora_B, scaling, needs)
+    return linear16.backward(dy, rows, down, dense, lora_A, lora_B, scaling, needs, kept)
 
 
 PRODUCTS = Products(forward, backward)

@@ -1,7 +1,7 @@
 """GroupNorm, SiLU and the convolution that reads them, as one node that keeps only what it was given.
 
     a = SiLU(GroupNorm(x))                       x (B, C, H, W)
-    y = conv(a, W) + b + c · conv1x1(down, B)    down = conv(a, A), with or without a LoRA
+    y = conv(a, W) + b + c · conv1x1(down, B)    down = conv(a, A), with or without a LoRA, less what dropout leaves out
 
 Kept for backward: x, two numbers per group, and `down` where there is a LoRA. a is made again from x, and only for dA.
 """
@@ -16,6 +16,7 @@ from torch.nn.grad import conv2d_input, conv2d_weight
 
 from crumb.kernels.conv import Pair, dense
 from crumb.kernels.group_norm_silu import group_norm_silu_again, group_norm_silu_backward, group_norm_silu_forward
+from crumb.kernels.linear import with_masks
 from crumb.kernels.norm_linears import Norm
 from crumb.kernels.quantize import Int8Weight
 
@@ -31,6 +32,8 @@ class ConvLayer:
     lora_A: Tensor | None = None
     lora_B: Tensor | None = None
     scaling: float = 0.0
+    kept: Tensor | None = None
+    """Bool, over `down` (B, R, H, W): which of its values stay in this pass, as in linear.Layer."""
 
 
 def norm_conv(x: Tensor, norm: Norm, layer: ConvLayer) -> Tensor:
@@ -46,15 +49,17 @@ class _NormConv(torch.autograd.Function):
         down = None
         if lora_A is not None:
             down = F.conv2d(activated, lora_A.to(x.dtype), None, layer.stride, layer.padding)
+            if layer.kept is not None:
+                down.mul_(layer.kept)
             y.add_(F.conv2d(down, lora_B.to(x.dtype)), alpha=layer.scaling)
-        ctx.save_for_backward(x, mean, rstd, down)
-        ctx.norm, ctx.layer = norm, layer
+        ctx.save_for_backward(x, mean, rstd, down, layer.kept)
+        ctx.norm, (ctx.layer,) = norm, with_masks([layer], [None])
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        x, mean, rstd, down = ctx.saved_tensors
+        x, mean, rstd, down, kept = ctx.saved_tensors
         norm, layer = ctx.norm, ctx.layer
         stride, padding = layer.stride, layer.padding
         d_activated = d_lora_A = d_lora_B = None
@@ -63,6 +68,8 @@ class _NormConv(torch.autograd.Function):
         if layer.lora_A is not None:
             lora_A, lora_B = layer.lora_A.to(dy.dtype), layer.lora_B.to(dy.dtype)
             d_down = conv2d_input(down.shape, lora_B, dy).mul_(layer.scaling)
+            if kept is not None:
+                d_down.mul_(kept)
             d_lora_B = conv2d_weight(down, lora_B.shape, dy).mul_(layer.scaling).to(layer.lora_B.dtype)
             activated = group_norm_silu_again(x, mean, rstd, norm.weight, norm.bias)
             d_lora_A = conv2d_weight(activated, lora_A.shape, d_down, stride, padding).to(layer.lora_A.dtype)

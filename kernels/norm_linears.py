@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from crumb.kernels import linear
 from crumb.kernels.layer_norm import layer_norm_again, layer_norm_backward, layer_norm_forward
-from crumb.kernels.linear import Layer
+from crumb.kernels.linear import Layer, with_masks
 from crumb.kernels.lora_linear import as_rows
 
 
@@ -38,21 +38,22 @@ class _NormLinears(torch.autograd.Function):
     def forward(ctx, x, norm, layers, *loras):
         rows = as_rows(x)
         normed, mean, rstd = layer_norm_forward(rows, norm.weight, norm.bias, norm.eps)
-        outputs, downs = zip(*(linear.forward(normed, layer) for layer in layers))
-        ctx.save_for_backward(x, mean, rstd, *downs)
-        ctx.norm, ctx.layers = norm, layers
+        outputs, downs = zip(*linear.forward_all(normed, layers))
+        ctx.save_for_backward(x, mean, rstd, *downs, *(layer.kept for layer in layers))
+        ctx.norm, ctx.layers = norm, with_masks(layers, [None] * len(layers))
         ctx.set_materialize_grads(False)
         return tuple(y.view(*x.shape[:-1], -1) for y in outputs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *dys):
-        x, mean, rstd, *downs = ctx.saved_tensors
+        x, mean, rstd, *of_layers = ctx.saved_tensors
+        downs, masks = of_layers[:len(ctx.layers)], of_layers[len(ctx.layers):]
         rows = as_rows(x)
         normed, d_normed, d_loras = None, None, []
         if any(ctx.needs_input_grad[3:]):
             normed = layer_norm_again(rows, mean, rstd, ctx.norm.weight, ctx.norm.bias)
-        for dy, down, layer in zip(dys, downs, ctx.layers):
+        for dy, down, layer in zip(dys, downs, with_masks(ctx.layers, masks)):
             if dy is None:
                 d_loras += [None, None]
                 continue

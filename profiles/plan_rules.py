@@ -47,15 +47,8 @@ def check_together(plan: "Plan") -> None:
     if plan.loss_weighting == "debiased" and plan.zero_terminal_snr and plan.prediction_type == "epsilon":
         raise RequestError("loss_weighting is debiased, which divides by the signal-to-noise ratio, and zero_terminal_snr "
                            "makes that 0 at the last noise level. Set loss_weighting = \"min_snr\" or \"none\".")
-    if plan.int8_activations and any(getattr(plan, name) for name in DROPOUTS):
-        raise RequestError("int8_activations is on with network, rank or module dropout, under which activations are kept as "
-                           "they are. Turn one of the two off.")
     if plan.device == "cpu" and plan.mixed_precision == "fp16":
         raise RequestError("mixed_precision is fp16 with device cpu, which has no fast fp16. Set mixed_precision = \"no\".")
-
-
-DROPOUTS = ("network_dropout", "rank_dropout", "module_dropout")
-"""Settings under which LoRA layers leave something out at random, and blocks keep more for backward."""
 
 
 def missing_packages(trackers: list[str]) -> list[str]:

@@ -1,7 +1,6 @@
 """SDXL's blocks computed so that they keep little for backward: what they make is the same.
 
-diffusers' modules stay in place with their weights, names and LoRA layers; only how the blocks compute changes. A block
-whose LoRA layers leave something out at random computes as diffusers wrote it.
+diffusers' modules stay in place with their weights, names and LoRA layers; only how the blocks compute changes.
 """
 
 from collections import Counter
@@ -26,8 +25,6 @@ from crumb.profiles.base_model import VAE_SCALE
 def make_lean(unet: nn.Module, keep_int8: bool = False, attend: Attend = attend) -> None:
     """Changes how the U-Net's blocks compute, in place. `keep_int8`: what is kept of the feed-forward parts takes half."""
     for module in unet.modules():
-        if any(isinstance(layer, LoRALayer) and layer.dropout.is_on for layer in module.modules()):
-            continue
         if isinstance(module, BasicTransformerBlock):
             module.forward = partial(transformer_block, module, keep_int8, attend)
         elif isinstance(module, ResnetBlock2D):
@@ -67,22 +64,23 @@ def transformer_block(block: BasicTransformerBlock, keep_int8: bool, attend: Att
                       _attention_mask: None, encoder_hidden_states: Tensor) -> Tensor:
     """Self-attention, attention to the text, feed-forward; each reads the normalised residual stream (B, tokens, d)."""
     attention = block.attn1
-    query, key, value = norm_linears(hidden_states, _norm(block.norm1),
-                                     [_layer(module) for module in (attention.to_q, attention.to_k, attention.to_v)])
+    layers = [_layer(module, hidden_states) for module in (attention.to_q, attention.to_k, attention.to_v)]
+    query, key, value = norm_linears(hidden_states, _norm(block.norm1), layers)
     hidden_states = hidden_states + attention.to_out[0](attend(query, key, value, attention.heads))
     attention = block.attn2
-    query, = norm_linears(hidden_states, _norm(block.norm2), [_layer(attention.to_q)])
+    query, = norm_linears(hidden_states, _norm(block.norm2), [_layer(attention.to_q, hidden_states)])
     key, value = attention.to_k(encoder_hidden_states), attention.to_v(encoder_hidden_states)
     hidden_states = hidden_states + attention.to_out[0](attend(query, key, value, attention.heads))
     projection, _, out = block.ff.net
-    return feed_forward(hidden_states, _norm(block.norm3), _layer(projection.proj), _layer(out), keep_int8)
+    return feed_forward(hidden_states, _norm(block.norm3), _layer(projection.proj, hidden_states),
+                        _layer(out, hidden_states), keep_int8)
 
 
 def resnet_block(block: ResnetBlock2D, input_tensor: Tensor, temb: Tensor, *_) -> Tensor:
     """Two convolutions of normalised and activated input, the time embedding between them, a shortcut past them."""
-    hidden_states = norm_conv(input_tensor, _norm(block.norm1), _conv(block.conv1))
+    hidden_states = norm_conv(input_tensor, _norm(block.norm1), _conv(block.conv1, input_tensor))
     hidden_states = hidden_states + block.time_emb_proj(F.silu(temb))[:, :, None, None]
-    hidden_states = norm_conv(hidden_states, _norm(block.norm2), _conv(block.conv2))
+    hidden_states = norm_conv(hidden_states, _norm(block.norm2), _conv(block.conv2, hidden_states))
     return hidden_states + (input_tensor if block.conv_shortcut is None else block.conv_shortcut(input_tensor))
 
 
@@ -94,10 +92,11 @@ def _norm(norm: nn.LayerNorm | nn.GroupNorm) -> Norm:
     return Norm(norm.weight, norm.bias, norm.eps, getattr(norm, "num_groups", 0))
 
 
-def _layer(module: nn.Module) -> Layer:
-    return module.layer() if isinstance(module, LoRALayer) else Layer(module.weight, module.bias)
+def _layer(module: nn.Module, x: Tensor) -> Layer:
+    """Of one pass: what dropout leaves out is drawn here."""
+    return module.layer(x) if isinstance(module, LoRALayer) else Layer(module.weight, module.bias)
 
 
-def _conv(module: nn.Module) -> ConvLayer:
-    return module.layer() if isinstance(module, LoRALayer) else ConvLayer(module.weight, module.bias, module.stride,
-                                                                          module.padding)
+def _conv(module: nn.Module, x: Tensor) -> ConvLayer:
+    return module.layer(x) if isinstance(module, LoRALayer) else ConvLayer(module.weight, module.bias, module.stride,
+                                                                           module.padding)

@@ -56,21 +56,24 @@ class LoRALayer(nn.Module):
         self.rank, self.alpha, self.scaling = rank, alpha, alpha / rank
         self.rate, self.dropout = rate, dropout
 
-    def forward(self, x: Tensor) -> Tensor:
-        if not (self.training and self.dropout.is_on):
-            return self.with_change(x)
-        if self.dropout.module and torch.rand(()).item() < self.dropout.module:
-            return self.base(x)
-        down = F.dropout(self.down(x), self.dropout.network)
-        return self.base(x) + self.up(self._without_ranks(down)) * self.scaling
+    def is_left_out(self) -> bool:
+        """Draws whether this pass does without the module."""
+        return bool(self.training and self.dropout.module) and torch.rand(()).item() < self.dropout.module
 
-    def _without_ranks(self, down: Tensor) -> Tensor:
-        """Drops ranks per picture and makes up for it; `down` is (B, R), (B, tokens, R) or (B, R, H, W)."""
-        if not self.dropout.rank:
-            return down
-        kept = torch.rand(len(down), self.rank, device=down.device) >= self.dropout.rank
-        shape = (len(down), self.rank, 1, 1) if down.dim() == 4 else (len(down), *[1] * (down.dim() - 2), self.rank)
-        return down * kept.view(shape) / (1 - self.dropout.rank)
+    def draw(self, down: torch.Size, ranks: tuple[int, ...], like: Tensor) -> tuple[float, Tensor | None]:
+        """The scaling of a pass, and which values of x Aᵀ, shaped `down`, stay in it (bool; None for all).
+
+        Whole ranks are drawn for each picture: `ranks` is `down` with 1 for all but pictures and ranks.
+        """
+        kept, scaling = None, self.scaling
+        if self.training and self.dropout.network:
+            kept = F.dropout(like.new_ones(down), self.dropout.network) != 0
+            scaling /= 1 - self.dropout.network
+        if self.training and self.dropout.rank:
+            kept_ranks = (torch.rand(down[0], self.rank, device=like.device) >= self.dropout.rank).view(ranks)
+            kept = kept_ranks if kept is None else kept & kept_ranks
+            scaling /= 1 - self.dropout.rank
+        return scaling, kept
 
 
 class LoRALinear(LoRALayer):
@@ -82,17 +85,16 @@ class LoRALinear(LoRALayer):
         self.lora_A = nn.Parameter(torch.zeros(rank, base.in_features, device=device))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=device))
 
-    def layer(self) -> Layer:
-        return Layer(self.base.weight, self.base.bias, self.lora_A, self.lora_B, self.scaling)
+    def layer(self, x: Tensor) -> Layer:
+        """What computes a pass of (B, ..., in); of x only its other sizes and its format matter. Draws what is left out."""
+        if self.is_left_out():
+            return Layer(self.base.weight, self.base.bias)
+        num_pictures, num_tokens = len(x), math.prod(x.shape[1:-1])
+        scaling, kept = self.draw(torch.Size((num_pictures, num_tokens, self.rank)), (num_pictures, 1, self.rank), x)
+        return Layer(self.base.weight, self.base.bias, self.lora_A, self.lora_B, scaling, kept)
 
-    def with_change(self, x: Tensor) -> Tensor:
-        return linear(x, self.layer())
-
-    def down(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.lora_A.to(x.dtype))
-
-    def up(self, down: Tensor) -> Tensor:
-        return F.linear(down, self.lora_B.to(down.dtype))
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.layer(x))
 
 
 class LoRAConv2d(LoRALayer):
@@ -104,18 +106,24 @@ class LoRAConv2d(LoRALayer):
         self.lora_A = nn.Parameter(torch.zeros(rank, base.in_channels, *base.kernel_size, device=device))
         self.lora_B = nn.Parameter(torch.zeros(base.out_channels, rank, 1, 1, device=device))
 
-    def layer(self) -> ConvLayer:
-        return ConvLayer(self.base.weight, self.base.bias, self.base.stride, self.base.padding, self.lora_A, self.lora_B,
-                         self.scaling)
+    def layer(self, x: Tensor) -> ConvLayer:
+        """What computes a pass of (B, in, H, W); of x only its sizes and its format matter. Draws what is left out."""
+        base = self.base
+        if self.is_left_out():
+            return ConvLayer(base.weight, base.bias, base.stride, base.padding)
+        num_pictures, _, *size = x.shape
+        size = ((n + 2 * p - k) // s + 1 for n, p, k, s in zip(size, base.padding, base.kernel_size, base.stride))
+        scaling, kept = self.draw(torch.Size((num_pictures, self.rank, *size)), (num_pictures, self.rank, 1, 1), x)
+        return ConvLayer(base.weight, base.bias, base.stride, base.padding, self.lora_A, self.lora_B, scaling, kept)
 
-    def with_change(self, x: Tensor) -> Tensor:
-        return self.base(x) + self.up(self.down(x)) * self.scaling
-
-    def down(self, x: Tensor) -> Tensor:
-        return F.conv2d(x, self.lora_A.to(x.dtype), stride=self.base.stride, padding=self.base.padding)
-
-    def up(self, down: Tensor) -> Tensor:
-        return F.conv2d(down, self.lora_B.to(down.dtype))
+    def forward(self, x: Tensor) -> Tensor:
+        layer = self.layer(x)
+        if layer.lora_A is None:
+            return self.base(x)
+        down = F.conv2d(x, self.lora_A.to(x.dtype), stride=layer.stride, padding=layer.padding)
+        if layer.kept is not None:
+            down = down * layer.kept
+        return self.base(x) + F.conv2d(down, self.lora_B.to(x.dtype)) * layer.scaling
 
 
 @dataclass(frozen=True)

@@ -92,13 +92,13 @@ def _multiply(dtype: str, rank: int, backward: bool, tiles: str = "", bias: bool
               even: bool = True) -> Case:
     """y with B (N, R), or backward dX with A (R, K). Rows are a multiple of 16 except for words: 77."""
     types = {"left": "*i8", "left_scales": "*fp32", "weight": "*i8", "out": f"*{dtype}", "scaling": "fp32",
-             "num_rows": "i32", "num_columns": "i32", "length": "i32", "rank": "i32"}
+             "num_rows": "i32", "num_columns": "i32", "length": "i32", "rank": "i32", "down_stride": "i32"}
     types |= {} if backward else {"weight_scales": "*fp32"} | ({"bias": f"*{dtype}"} if bias else {})
     types |= {"down": f"*{dtype}", "up": "*fp32"} if rank else {}
     wide, unit = ("up_stride_r", "up_stride_c") if backward else ("up_stride_c", "up_stride_r")
     constexprs = {"GROUP": 128, "RANK": rank, "EVEN": even, unit: 1}
     constexprs |= {name: None for name in ("weight_scales", "bias", "down", "up") if name not in types}
-    aligned = ("num_columns", "length", "rank", wide) + ("num_rows",) * even_rows
+    aligned = ("num_columns", "length", "rank", "down_stride", wide) + ("num_rows",) * even_rows
     return Case("lora_linear_int8.multiply_kernel", f"int8_multiply{tiles}", types | {wide: "i32"}, constexprs, aligned,
                 tensor_cores=True, first=80)
 
@@ -134,7 +134,7 @@ CASES: list[Case] = [
     *group_norm_silu_merge_cases(),
     *(_quantise(dtype, rank, backward) for dtype, rank, backward in (
         ("bf16", 0, False), ("bf16", 0, True), ("bf16", 16, False), ("fp16", 16, True), ("fp16", 32, False),
-        ("bf16", 64, True), ("bf16", 128, False), ("fp16", 128, True))),
+        ("bf16", 64, True), ("fp16", 64, False), ("bf16", 128, False), ("fp16", 128, True))),
     *(_multiply(dtype, rank, backward) for dtype, rank, backward in (
         ("bf16", 0, False), ("bf16", 16, False), ("bf16", 16, True), ("fp16", 16, False), ("bf16", 128, False),
         ("fp16", 128, True))),

@@ -101,8 +101,3 @@ def test_zero_terminal_snr_of_a_base_that_tells_noise_is_warned_of(plan_of):
     told = [warning["text"] for warning in plan_of(zero_terminal_snr=True).derivation.warnings]
     assert any("zero_terminal_snr is for" in text for text in told)
     assert not any("zero_terminal_snr is for" in warning["text"] for warning in plan_of().derivation.warnings)
-
-
-def test_dropout_and_int8_activations_exclude_each_other(make_plan):
-    with pytest.raises(RequestError, match="int8_activations is on with"):
-        make_plan(int8_activations=True, rank_dropout=0.1)

@@ -1,9 +1,12 @@
 """The lean blocks: what they compute is what diffusers' own compute, and they keep what they promise to keep."""
 
+from functools import partial
+
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
 
 from crumb.engine.memory.recompute import placeable_blocks, recompute_blocks
 from crumb.engine.model.frozen import freeze_layers
@@ -63,6 +66,57 @@ def test_gradients_are_those_of_diffusers_own_blocks(tiny_base, make_plan, setti
         assert difference < most, f"{name} differ by {difference:.1e}"
 
 
+def by_definition(layer, x):
+    """A LoRA layer with dropout in plain torch: what else draws the same numbers must compute the same."""
+    base, rates = layer.base(x), layer.dropout
+    if rates.module and torch.rand(()).item() < rates.module:
+        return base
+    product = F.linear if x.dim() < 4 else F.conv2d
+    options = {} if x.dim() < 4 else {"stride": layer.base.stride, "padding": layer.base.padding}
+    down = F.dropout(product(x, layer.lora_A.to(x.dtype), **options), rates.network)
+    if rates.rank:
+        kept = torch.rand(len(down), layer.rank) >= rates.rank
+        ranks = {2: (len(down), layer.rank), 3: (len(down), 1, layer.rank), 4: (len(down), layer.rank, 1, 1)}[down.dim()]
+        down = down * kept.view(ranks) / (1 - rates.rank)
+    return base + product(down, layer.lora_B.to(x.dtype)) * layer.scaling
+
+
+@pytest.mark.parametrize("rates", [{"network_dropout": 0.3}, {"rank_dropout": 0.3}, {"module_dropout": 0.4},
+                                   {"network_dropout": 0.2, "rank_dropout": 0.1, "module_dropout": 0.1}])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_under_dropout_the_same_is_left_out(tiny_base, make_plan, rates, memory_format, checkpointing):
+    """Recomputation too must draw what was drawn before."""
+    plan, base = make_plan(rank=4, targets="attention+ff+conv", conv_rank=3, **rates), inspect_base_model(tiny_base)
+    results = []
+    for lean in (False, True):
+        unet, network = trainable_unet(load_unet(base, torch.float64), plan, lean)
+        generator = torch.Generator().manual_seed(1)
+        for layer in network.layers.values():
+            layer.double().lora_B.data.normal_(0, 0.1, generator=generator)
+            if not lean:
+                layer.forward = partial(by_definition, layer)
+        if lean:
+            unet.to(memory_format=memory_format)
+        if lean and checkpointing:
+            unet.enable_gradient_checkpointing()
+        unet.train()
+        network.train(True)
+        torch.manual_seed(5)
+        sample = call(unet, (16, 12), torch.float64, memory_format if lean else torch.contiguous_format)
+        sample.square().mean().backward()
+        results.append((sample.detach(), [parameter.grad for parameter in network.parameters()], torch.rand(())))
+    (sample, gradients, drawn), (lean_sample, lean_gradients, lean_drawn) = results
+    torch.testing.assert_close(lean_sample, sample, rtol=0, atol=1e-6 * sample.abs().max().item())
+    assert drawn == lean_drawn
+    largest = max(expected.norm() for expected in gradients if expected is not None)
+    for expected, found in zip(gradients, lean_gradients):
+        assert (found is None) == (expected is None), "a module left out has no gradient"
+        if expected is not None:
+            assert (found - expected).norm() <= 1e-6 * expected.norm() + 1e-12 * largest
+    assert any(expected is None for expected in gradients) == ("module_dropout" in rates)
+
+
 @pytest.fixture(scope="module")
 def kept_bytes(make_plan):
     """What each block of SDXL's own U-Net keeps for backward, at 1024x1024, one picture, 16 bits, rank 16; nothing is
@@ -81,7 +135,8 @@ def kept_bytes(make_plan):
         try:
             with FakeTensorMode(allow_non_fake_inputs=True):
                 unet = UNet2DConditionModel(**config).requires_grad_(False)
-                unet, network = trainable_unet(unet, make_plan(rank=16, **settings), True, int8_activations)
+                unet, network = trainable_unet(unet, make_plan(**{"rank": 16} | settings), True, int8_activations)
+                network.train(True)
                 weights = {tensor.untyped_storage()._cdata for tensor in (*unet.parameters(), *network.parameters())}
                 for name in ("down_blocks.0", "down_blocks.1", "up_blocks.2"):
                     unet.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: part.append(name))
@@ -112,6 +167,17 @@ def test_what_the_full_size_unet_keeps_for_backward(kept_bytes):
     plain, int8 = kept_bytes(False), kept_bytes(True)
     assert plain["all"] < 3800 and int8["all"] < 3030, (plain, int8)
     assert 700 < plain["all"] - int8["all"] < 800
+
+
+def test_dropout_keeps_a_byte_for_each_value_it_may_leave_out(kept_bytes):
+    """x Aᵀ itself takes two; whole ranks take next to nothing."""
+    added = {name: kept_bytes(False, **{name: 0.1})["all"] - kept_bytes(False)["all"]
+             for name in ("network_dropout", "rank_dropout")}
+    assert 10 < added["network_dropout"] < 15 and 0 < added["rank_dropout"] < 0.1, added
+    in_int8 = kept_bytes(True, network_dropout=0.1)["all"] - kept_bytes(True)["all"]
+    assert in_int8 == pytest.approx(added["network_dropout"])
+    high = kept_bytes(False, rank=128, network_dropout=0.1)["all"] - kept_bytes(False, rank=128)["all"]
+    assert high == pytest.approx(8 * added["network_dropout"], rel=0.01)
 
 
 def test_blocks_with_nothing_to_learn_before_them_keep_nothing(kept_bytes):
