@@ -1,6 +1,7 @@
 """How a run fits a card's memory: the base's format, what is kept until backward, pictures at a time."""
 
 from dataclasses import replace
+from functools import partial
 
 from crumb.profiles.base_model import BaseModel
 from crumb.profiles.derivation import Derivation
@@ -9,7 +10,7 @@ from crumb.profiles.gpu_table import Gpu
 from crumb.profiles.hardware import GIB, host_memory_bytes
 from crumb.profiles.measured import time_factor
 from crumb.profiles.memory_table import load_table
-from crumb.profiles.solver import Found, Machine, explain, fastest_fit, measure, smallest_fit, total_bytes
+from crumb.profiles.solver import Machine, choose, explain, fastest_fit, measure, smallest_fit, total_bytes
 from crumb.profiles.vram import Demand, peak_bytes
 
 FULL_MODEL_PARAMETERS = 1_000_000_000
@@ -23,10 +24,6 @@ ASSUMED_HOST_GIB = 10
 HOST_SPARE_GIB = 3
 """What the engine itself and others on the host want besides."""
 
-ROUNDING = {"no": 1.0, "int8": 1.05, "nf4": 1.1}
-ROUNDING_ACTIVATIONS = 1.02
-"""So many times faster a way has to be that computes with a coarser base or keeps activations in int8: what is exact
-is worth a little time."""
 
 
 def derive_memory(result: Derivation, base: BaseModel, gpu: Gpu) -> None:
@@ -50,10 +47,12 @@ def derive_memory(result: Derivation, base: BaseModel, gpu: Gpu) -> None:
 def _derive_fit(result: Derivation, gpu: Gpu) -> None:
     """The way of least time, by the solver that the engine asks again with what is free when the run starts."""
     demand = demand_of(result, result.overrides.get("batch_size", 1))
-    table, found = load_table(demand.targets), best_way(result, gpu, demand)
+    table, overrides = load_table(demand.targets), result.overrides
+    found = choose(table, demand, partial(machine_for, gpu), overrides.get("quantize_base"), overrides.get("int8_activations"),
+                   overrides.get("gradient_checkpointing", True))
     if found is None:
         found = measure(table, demand, machine_for(gpu, "nf4"),
-                        _smallest(result, demand, result.overrides.get("quantize_base", "nf4")))
+                        _smallest(result, demand, overrides.get("quantize_base", "nf4")))
     fit, demand = _enlarge_batch(result, gpu, demand, found.fit)
     found = measure(table, demand, machine_for(gpu, fit.quantize_base), fit)
     peak_gib, costs = found.peak_bytes / GIB, "; ".join(explain(table, demand, machine_for(gpu, fit.quantize_base), fit))
@@ -66,20 +65,6 @@ def _derive_fit(result: Derivation, gpu: Gpu) -> None:
     result.put("peak_gib", round(peak_gib, 2), "", f"GiB by arithmetic: {parts}")
     if found.speed:
         result.put("seconds_per_step", round(found.seconds, 2), "", found.speed.explain())
-
-
-def best_way(result: Derivation, gpu: Gpu, demand: Demand) -> Found | None:
-    """The fastest of all formats and kinds of activations, where the exact ones count as a little faster than they are."""
-    overrides = result.overrides
-    found = []
-    for quantize_base in [overrides["quantize_base"]] if "quantize_base" in overrides else ROUNDING:
-        for in_int8 in [overrides["int8_activations"]] if "int8_activations" in overrides else (False, True):
-            way = fastest_fit(load_table(demand.targets), demand, machine_for(gpu, quantize_base),
-                              Fit(quantize_base, in_int8), overrides.get("gradient_checkpointing", True))
-            if way:
-                price = ROUNDING[quantize_base] * (ROUNDING_ACTIVATIONS if in_int8 else 1)
-                found.append(((-way.fit.micro_batch, (way.seconds or 1.0) * price), way))
-    return min(found, key=lambda entry: entry[0])[1] if found else None
 
 
 def _enlarge_batch(result: Derivation, gpu: Gpu, demand: Demand, fit: Fit) -> tuple[Fit, Demand]:

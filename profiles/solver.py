@@ -4,6 +4,7 @@ What may be paid with, none of which changes what is learned: blocks computed tw
 memory, and fewer pictures of a batch at a time. The base's number format is the plan's.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -22,6 +23,11 @@ WORTH_RECOMPUTING = 0.3
 STREAMING_COST = 0.15
 """By how much a step is taken to be slower when all of its base is streamed, beside what it waits for by arithmetic. Assumed:
 no transfer hides completely, and it takes memory of the host."""
+
+ROUNDING = {"no": 1.0, "int8": 1.05, "nf4": 1.1}
+ROUNDING_ACTIVATIONS = 1.02
+"""So many times faster a way has to be that computes with a coarser base or keeps activations in int8: what is exact
+is worth a little time."""
 
 MOVED_PER_WEIGHT = 5.0
 """Bytes that a weight in int8 or NF4 moves where it is used: read, written in 16 bits, read again."""
@@ -55,6 +61,21 @@ class Machine:
     gpu_bytes: float
     host_bytes: float
     factor: float = 1.0
+
+
+def choose(table: Table, demand: Demand, machine: Callable[[str], Machine], quantize_base: str | None = None,
+           int8_activations: bool | None = None, recompute: bool = True) -> Found | None:
+    """The fastest way of all formats and kinds of activations, unless they are given; exact ones count as a little faster.
+
+    `machine` by the base's format, since what was measured differs by it. None where nothing fits.
+    """
+    found = []
+    for base in ROUNDING if quantize_base is None else [quantize_base]:
+        for in_int8 in (False, True) if int8_activations is None else [int8_activations]:
+            if way := fastest_fit(table, demand, machine(base), Fit(base, in_int8), recompute):
+                price = ROUNDING[base] * (ROUNDING_ACTIVATIONS if in_int8 else 1)
+                found.append(((-way.fit.micro_batch, (way.seconds or 1.0) * price), way))
+    return min(found, key=lambda entry: entry[0])[1] if found else None
 
 
 def fastest_fit(table: Table, demand: Demand, machine: Machine, start: Fit, recompute: bool = True) -> Found | None:
