@@ -13,7 +13,6 @@ import torch
 from crumb.engine.data.prepare import TrainingSet, prepare
 from crumb.engine.memory.placement import Placement, choose_placement, settle_torch
 from crumb.engine.model.config import VAE_SCALING_FACTOR
-from crumb.engine.model.frozen import freeze_layers
 from crumb.engine.model.lean import make_lean
 from crumb.engine.model.load import load_text_encoders, load_unet
 from crumb.engine.network.lora import Network, attach_lora
@@ -111,10 +110,9 @@ def run_job(run: RunDirectory, events: EventWriter, status: Status) -> int:
 def _assemble(run: RunDirectory, plan: Plan, base: BaseModel, placement: Placement, training_set: TrainingSet,
               events: EventWriter, status: Status, processes: Processes) -> tuple[Job, int]:
     """U-Net, network, optimizer and, where there is one, the newest checkpoint; returns the last finished step too."""
-    # A base that gets smaller is made so weight by weight on its way to the device, which may not hold the whole.
-    unet = load_unet(base, placement.dtype, placement.device if placement.quantize_base == "no" else "cpu")
-    unet.to(memory_format=torch.channels_last)  # what convolutions are fastest in, and tokens are a view of
-    freeze_layers(unet, placement.quantize_base, placement.device)
+    unet = load_unet(base, placement.dtype, placement.device, placement.quantize_base, base_sha256=training_set.base_sha256,
+                     on_progress=progress_reporter(run, events, "load"),
+                     warn=lambda text: events.emit("warning", text=text))
     network = attach_lora(unet, plan)
     make_lean(unet, placement.int8_activations)
     encoders = None
