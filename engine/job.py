@@ -18,9 +18,11 @@ from crumb.engine.memory.fitting import fit_into_memory, one_rung_down, predicte
 from crumb.engine.memory.placement import Placement, choose_placement, free_memory, settle_torch
 from crumb.engine.memory.recompute import placeable_blocks, recompute_blocks
 from crumb.engine.memory.stream import stream_blocks
+from crumb.engine.model.attention import choose_attention
 from crumb.engine.model.config import VAE_SCALING_FACTOR
-from crumb.engine.model.lean import make_lean
+from crumb.engine.model.lean import attention_shapes, make_lean
 from crumb.engine.model.load import load_text_encoders, load_unet
+from crumb.engine.model.selftest import settle_convolutions
 from crumb.engine.network.lora import Network, attach_lora
 from crumb.engine.network.metadata import lora_metadata, sidecar
 from crumb.engine.network.read import start_from
@@ -93,6 +95,7 @@ def run_job(run: RunDirectory, events: EventWriter, status: Status) -> int:
     facts = processes.together(lambda: preflight(plan, progress("scan"), resumes=run.has_checkpoints))
 
     settle_torch(facts.base, placement)
+    processes.together(lambda: settle_convolutions(placement, lambda text: events.emit("warning", text=text)))
     status.update(phase="cache")
     training_set = processes.together(
         lambda: prepare(plan, facts.base, facts.scan, placement, events, progress, processes.share))
@@ -169,7 +172,10 @@ def _place_unet(run: RunDirectory, plan: Plan, base: BaseModel, placement: Place
                      on_progress=progress_reporter(run, events, "load"),
                      warn=lambda text: events.emit("warning", text=text))
     network = attach_lora(unet, plan)
-    make_lean(unet, fit.int8_activations, choose_attention(placement.device, placement.dtype, attention_shapes(unet, plan)))
+    shapes = attention_shapes(unet, fit.micro_batch or plan.batch_size, plan.resolution)
+    attention = choose_attention(placement.device, placement.dtype, shapes)
+    log.info("attention: %s", attention.reason)
+    make_lean(unet, fit.int8_activations, attention.attend)
     blocks = placeable_blocks(unet)
     recompute_blocks(block for name, block in blocks.items() if name in fit.recomputed)
     if fit.streamed:

@@ -160,8 +160,9 @@ def _diffusers(parts: Callable[[], Parts], lora_dtype: torch.dtype | None = None
 
 def _crumb(parts: Callable[[], Parts], quantise: str = "no", keep_int8: bool = False) -> Arm:
     """The block within a U-Net that holds nothing else, made lean as engine/job.py does it."""
-    from crumb.engine.model.frozen import freeze_layers
+    from crumb.engine.model.frozen import format_of, freeze_layers
     from crumb.engine.model.lean import make_lean
+    from crumb.engine.model.weights import place
     from crumb.engine.network.lora import LoRALayer, put_layer
 
     parts = parts()
@@ -172,7 +173,10 @@ def _crumb(parts: Callable[[], Parts], quantise: str = "no", keep_int8: bool = F
     level.attentions = nn.ModuleList([model])
     level.resnets = nn.ModuleList([] if is_transformer else [block])
     unet.down_blocks, unet.conv_norm_out = nn.ModuleList([level]), nn.GroupNorm(1, 1)
-    freeze_layers(unet, quantise, parts.x.device)
+    freeze_layers(unet)
+    for name, weight in list(unet.named_parameters()):
+        if quantised := format_of(name, weight.shape, quantise):
+            place(unet, name, quantised.of(weight.detach()))
     if is_transformer:
         _put_loras(unet, put_layer)
     for name, module in block.named_modules():

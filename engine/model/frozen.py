@@ -31,22 +31,19 @@ class FrozenConv2d(nn.Conv2d):
         return conv2d_frozen(x, self.weight, self.bias, self.stride, self.padding)
 
 
-def freeze_layers(unet: nn.Module, quantise: str, device: torch.device) -> None:
-    """Turns all linears and convolutions into frozen ones, in place. `quantise`: no | int8 | nf4, of those in blocks.
+FROZEN = {nn.Linear: FrozenLinear, nn.Conv2d: FrozenConv2d}
 
-    Where it quantises, the U-Net arrives on the device weight by weight: that never holds more than the result and one
-    weight.
-    """
-    for name, module in unet.named_modules():
-        if type(module) is nn.Linear:
-            module.__class__ = FrozenLinear
-        elif type(module) is nn.Conv2d:
-            module.__class__ = FrozenConv2d
-        else:
-            continue
-        if quantise != "no" and IN_BLOCKS.fullmatch(name):
-            weight = module.weight
-            del module.weight
-            module.weight = FORMATS[quantise][weight.dim() == 4].of(weight.detach().to(device))
-    if quantise != "no":
-        unet.to(device)
+
+def freeze_layers(unet: nn.Module) -> None:
+    """Turns all linears and convolutions into frozen ones, in place."""
+    for module in unet.modules():
+        if type(module) in FROZEN:
+            module.__class__ = FROZEN[type(module)]
+
+
+def format_of(name: str, shape: torch.Size, quantise: str) -> type[Int8Weight] | type[NF4Weight] | None:
+    """What the U-Net's tensor of that name is kept as where `quantise` is no | int8 | nf4; None is as it is."""
+    module, _, leaf = name.rpartition(".")
+    if quantise == "no" or leaf != "weight" or len(shape) < 2 or not IN_BLOCKS.fullmatch(module):
+        return None
+    return FORMATS[quantise][len(shape) == 4]

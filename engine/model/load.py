@@ -1,27 +1,36 @@
 """Loads the parts of an SDXL base model: U-Net, VAE and text encoders, frozen and in the dtype asked for.
 
-Modules are made without storage, then each tensor is read, cast and placed alone, so that memory holds one copy of
-a part and one tensor more. Single files and diffusers folders meet in `Weights`, after which there is one way.
+Modules are made without storage, then each tensor is read, cast or quantised, and placed alone, so that memory holds one
+copy of a part as it stays and one tensor more. Single files and diffusers folders meet in `Weights`, after which there is
+one way.
 """
 
 import json
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Collection
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from crumb.engine.model import keys
 from crumb.engine.model.config import VAE_SCALING_FACTOR, text_encoder_config, unet_config, vae_config
+from crumb.engine.model.frozen import format_of, freeze_layers
 from crumb.engine.model.keys import Source
 from crumb.engine.model.tokenizer import make_tokenizers
-from crumb.engine.model.weights import Weights, fill, find_weights
+from crumb.engine.model.unet_cache import Entry, Value, read_unet, writing
+from crumb.engine.model.weights import OnProgress, Weights, exactly, fill, find_weights
 from crumb.profiles.base_model import VAE_SCALE, BaseModel, weight_files
 from crumb.profiles.errors import RequestError
 from crumb.profiles.safetensors_header import read_header
+from crumb.profiles.vram import WEIGHT_BYTES
 
+log = logging.getLogger("crumb")
 LATENT_CHANNELS = 4
 
 
@@ -33,12 +42,60 @@ class TextEncoders:
     tokenizer_2: CLIPTokenizer
 
 
-def load_unet(base: BaseModel, dtype: torch.dtype, device: torch.device | str = "cpu") -> UNet2DConditionModel:
-    """The U-Net, frozen and in eval mode. RequestError where tensors are missing or unexpected."""
+def load_unet(base: BaseModel, dtype: torch.dtype, device: torch.device | str = "cpu", quantise: str = "no",
+              streamed: Collection[str] = (), base_sha256: str | None = None, on_progress: OnProgress | None = None,
+              warn: Callable[[str], None] = log.warning) -> UNet2DConditionModel:
+    """The U-Net in eval mode with frozen layers, convolutions channels last. RequestError where tensors are missing or foreign.
+
+    `quantise`: no | int8 | nf4, of the layers in blocks, each as soon as it is read. What lies in the modules that
+    `streamed` names stays on the CPU. A quantised U-Net is kept in the cache for the next time where `base_sha256` (the
+    base's fingerprint) is given; `warn` is told what is wrong with the cache. `on_progress(done_bytes, total_bytes)`.
+    """
     weights = _unet_weights(base)
+    config = _unet_config(base, weights)
+    device = torch.device(device)
+    home = partial(_home, device, tuple(f"{module}." for module in streamed))
+    entry = Entry(base_sha256, quantise, dtype) if base_sha256 and quantise != "no" else None
+    if entry:
+        unet = _empty_unet(config)
+        if read_unet(unet, entry, home, on_progress, warn):
+            return unet.eval()
+    unet = _empty_unet(config)
+    num_bytes = round(base.num_unet_parameters * WEIGHT_BYTES[quantise][0] * 1.2)  # most are in linears, the others larger
+    with writing(entry, unet, num_bytes, warn) if entry else nullcontext(lambda name, value: None) as keep:
+        def arrive(name: str, tensor: Tensor) -> Value:
+            value = _unet_value(name, tensor, dtype, device, home(name), quantise, weights.origin)
+            keep(name, value)
+            return value
+
+        return fill(unet, weights, arrive, on_progress=on_progress)
+
+
+def _home(device: torch.device, streamed: tuple[str, ...], name: str) -> torch.device:
+    return torch.device("cpu") if name.startswith(streamed) else device
+
+
+def _empty_unet(config: dict) -> UNet2DConditionModel:
     with torch.device("meta"):
-        unet = UNet2DConditionModel(**_unet_config(base, weights))
-    return fill(unet, weights, dtype, device)
+        unet = UNet2DConditionModel(**config)
+    freeze_layers(unet)
+    return unet
+
+
+def _unet_value(name: str, tensor: Tensor, dtype: torch.dtype, device: torch.device, home: torch.device, quantise: str,
+                origin: Path) -> Value:
+    """The tensor as the U-Net keeps it. It is quantised on `device`, which holds no more than it and the result."""
+    # What convolutions are fastest in, and tokens are a view of.
+    tensor = tensor.to(dtype, memory_format=torch.channels_last) if tensor.dim() == 4 else tensor.to(dtype)
+    quantised = format_of(name, tensor.shape, quantise)
+    if quantised is None:
+        return nn.Parameter(tensor.to(home), requires_grad=False)
+    try:
+        return quantised.of(tensor.to(device)).to(home)
+    except ValueError as error:
+        raise RequestError(f"{origin}: {name} can't be quantised, since {error} (in {dtype}). The file is damaged, or its "
+                           f"weights need another number format: set mixed_precision = \"bf16\", or choose another "
+                           f"base.") from None
 
 
 def unet_config_of(base: BaseModel) -> dict:
@@ -60,7 +117,7 @@ def load_vae(
         )
     with torch.device("meta"):
         vae = AutoencoderKL(**vae_config(weights.shapes, base.native_resolution))
-    return fill(vae, weights, dtype, device)
+    return fill(vae, weights, exactly(dtype, device))
 
 
 def tile_vae(vae: AutoencoderKL) -> None:
@@ -85,8 +142,8 @@ def load_text_encoders(base: BaseModel, dtype: torch.dtype, device: torch.device
         text_encoder_2 = CLIPTextModelWithProjection(CLIPTextConfig(**text_encoder_config(open_clip.shapes, "gelu")))
     tokenizer, tokenizer_2 = make_tokenizers()
     return TextEncoders(
-        text_encoder=fill(text_encoder, clip_l, dtype, device, keys.text_name),
-        text_encoder_2=fill(text_encoder_2, open_clip, dtype, device, keys.text_name),
+        text_encoder=fill(text_encoder, clip_l, exactly(dtype, device), keys.text_name),
+        text_encoder_2=fill(text_encoder_2, open_clip, exactly(dtype, device), keys.text_name),
         tokenizer=tokenizer,
         tokenizer_2=tokenizer_2,
     )

@@ -115,7 +115,7 @@ def _texts_by_cell(plan: Plan, base: BaseModel, placement: Placement, texts: lis
 def _denoise_cells(plan: Plan, base: BaseModel, placement: Placement, prompts: list[SamplePrompt], cells: list[Cell],
                    entries: dict[Cell, Entries], report: Report) -> dict[Cell, list[Tensor]]:
     """Latents on the CPU, where a thousand of them are small; the U-Net is gone from memory afterwards."""
-    unet, network = _load_network(plan, base, placement)
+    unet, network = _load_network(plan, base, placement, report)
     total, done = sum(prompt.steps for prompt in prompts) * len(cells), 0
 
     def on_step() -> None:
@@ -139,9 +139,10 @@ def _each_in_place(cells: list[Cell], network: Network, part: str) -> Iterator[C
         yield file, strength
 
 
-def _load_network(plan: Plan, base: BaseModel, placement: Placement) -> tuple[nn.Module, Network]:
+def _load_network(plan: Plan, base: BaseModel, placement: Placement, report: Report) -> tuple[nn.Module, Network]:
     """The U-Net as training has it, with layers for the run's LoRA files."""
-    unet = load_unet(base, placement.dtype, placement.device)
+    unet = load_unet(base, placement.dtype, placement.device, placement.quantize_base, base_sha256=fingerprint(base.path),
+                     on_progress=lambda done, total: report("load", done, total))
     return unet, attach_lora(unet, plan)
 
 

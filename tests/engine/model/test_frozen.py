@@ -4,12 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from crumb.engine.model.frozen import FrozenConv2d, FrozenLinear, freeze_layers
+from crumb.engine.model.frozen import FrozenConv2d, FrozenLinear
 from crumb.engine.model.load import load_unet
 from crumb.kernels.quantize import Int8Weight, NF4Weight
 from crumb.profiles.base_model import inspect_base_model
-
-CPU = torch.device("cpu")
 
 
 def run(unet) -> torch.Tensor:
@@ -27,8 +25,7 @@ def run(unet) -> torch.Tensor:
 def test_a_quantised_unet_is_one_of_dequantised_weights(tiny_base, quantise, linear_kind, limit):
     """nf4 multiplies by the very weights (its convolutions are int8 weights, dequantised); int8 rounds activations as well."""
     base = inspect_base_model(tiny_base)
-    quantised, plain = load_unet(base, torch.float32), load_unet(base, torch.float32)
-    freeze_layers(quantised, quantise, CPU)
+    quantised, plain = load_unet(base, torch.float32, quantise=quantise), load_unet(base, torch.float32)
     changed = 0
     for name, module in quantised.named_modules():
         weight = getattr(module, "weight", None)
@@ -49,7 +46,6 @@ def test_a_quantised_unet_is_one_of_dequantised_weights(tiny_base, quantise, lin
 
 def test_frozen_layers_keep_nothing(tiny_base):
     unet = load_unet(inspect_base_model(tiny_base), torch.float32)
-    freeze_layers(unet, "no", CPU)
     kept = []
     convolution = next(module for module in unet.modules() if isinstance(module, FrozenConv2d))
     linear = next(module for module in unet.modules() if isinstance(module, FrozenLinear))

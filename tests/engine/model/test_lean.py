@@ -22,7 +22,7 @@ MIB = 2**20
 
 def trainable_unet(unet, plan, lean: bool, int8_activations: bool = False):
     if lean:
-        freeze_layers(unet, "no", CPU)
+        freeze_layers(unet)
     network = attach_lora(unet, plan)
     if lean:
         make_lean(unet, int8_activations)

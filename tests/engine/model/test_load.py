@@ -73,7 +73,7 @@ def test_unet_is_what_diffusers_loads(base):
     assert not unet.training and not any(parameter.requires_grad for parameter in unet.parameters())
     assert sum(parameter.numel() for parameter in unet.parameters()) == base.num_unet_parameters
     output = unet_output(unet)
-    assert torch.equal(output, unet_output(reference.eval()))
+    assert torch.equal(output, unet_output(reference.eval().to(memory_format=torch.channels_last)))
     assert 0.7 < output.std() < 1.4
 
 
