@@ -3,82 +3,42 @@
 import json
 import logging
 import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from functools import partial
-from importlib.metadata import version
-from pathlib import Path
 
 import torch
-from torch import nn
 
+from crumb.engine.assemble import Job, assemble
 from crumb.engine.data.prepare import TrainingSet, prepare
-from crumb.engine.faults import fault
 from crumb.engine.memory.check import check_fit
 from crumb.engine.memory.fitting import fit_into_memory, one_rung_down, predicted_bytes
 from crumb.engine.memory.placement import Placement, choose_placement, free_memory, settle_torch
-from crumb.engine.memory.recompute import placeable_blocks, recompute_blocks
-from crumb.engine.memory.stream import stream_blocks
-from crumb.engine.model.attention import choose_attention
-from crumb.engine.model.config import VAE_SCALING_FACTOR
-from crumb.engine.model.lean import attention_shapes, make_lean
-from crumb.engine.model.load import load_text_encoders, load_unet
 from crumb.engine.model.selftest import settle_convolutions
-from crumb.engine.network.lora import Network, attach_lora
 from crumb.engine.network.metadata import lora_metadata, sidecar
-from crumb.engine.network.read import start_from
 from crumb.engine.network.save import save_lora
-from crumb.engine.network.text import attach_text_lora
 from crumb.engine.network.verify import verify_lora
-from crumb.engine.run.belonging import belongs_to_another, plan_digest
 from crumb.engine.run.control import catch_signals, progress_reporter, take_request
 from crumb.engine.run.directory import RunDirectory, write_atomic
 from crumb.engine.run.events import EventWriter
 from crumb.engine.run.status import Status
 from crumb.engine.sheet.over_time import draw_before_after, draw_over_time
 from crumb.engine.train.checkpoint import (
-    load_checkpoint,
     lora_in_checkpoint,
     prune_checkpoints,
-    restore,
     save_checkpoint,
 )
 from crumb.engine.train.judge import judge
-from crumb.engine.train.loop import Trainer
-from crumb.engine.train.noise import alphas_cumprod
-from crumb.engine.train.optimizer import make_optimizer
 from crumb.engine.train.parallel import Processes, join_processes
 from crumb.engine.train.sample import sample_pictures
 from crumb.engine.train.trackers import finish_trackers, start_trackers, track
 from crumb.profiles.base_model import BaseModel
 from crumb.profiles.errors import CrumbError
 from crumb.profiles.plan import Plan, load_plan
-from crumb.profiles.preflight import preflight, steps_of_several
+from crumb.profiles.preflight import preflight
 from crumb.profiles.sample_prompts import sample_prompts, texts_of
-from crumb.profiles.verdict import Judged, best_of, verdict
-from crumb.profiles.vram import RING_DEPTH
+from crumb.profiles.verdict import best_of, verdict
 
 log = logging.getLogger("crumb")
-
-VERSIONS = ("torch", "diffusers", "transformers", "safetensors")
-
-
-@dataclass
-class Job:
-    """One run while it is worked on."""
-
-    run: RunDirectory
-    plan: Plan
-    base: BaseModel
-    placement: Placement
-    training_set: TrainingSet
-    trainer: Trainer
-    belongs_to: dict[str, str]
-    history: list[Judged] = field(default_factory=list)
-    trackers: list = field(default_factory=list)
-
-    @property
-    def events(self) -> EventWriter:
-        return self.trainer.events
 
 
 def run_job(run: RunDirectory, events: EventWriter, status: Status) -> int:
@@ -120,7 +80,7 @@ def _train_where_it_fits(run: RunDirectory, plan: Plan, base: BaseModel, placeme
     placement, costs = processes.together(lambda: fit_into_memory(placement, plan, base, run))
     while True:
         try:
-            job, step = _assemble(run, plan, base, placement, training_set, trackers, events, status, processes)
+            job, step = assemble(run, plan, base, placement, training_set, trackers, events, status, processes)
             _prove_fit(job, costs)
             return job, _train(job, step)
         except torch.OutOfMemoryError as error:
@@ -135,54 +95,6 @@ def _train_where_it_fits(run: RunDirectory, plan: Plan, base: BaseModel, placeme
                              f"`crumb resume {run.name}` goes on with {costs[0]}.")
 
 
-def _assemble(run: RunDirectory, plan: Plan, base: BaseModel, placement: Placement, training_set: TrainingSet, trackers: list,
-              events: EventWriter, status: Status, processes: Processes) -> tuple[Job, int]:
-    """U-Net, network, optimizer and, where there is one, the newest checkpoint; returns the last finished step too."""
-    status.update(state="preparing", phase="load")
-    events.emit("phase", phase="load")
-    fault("load")
-    unet, network = _place_unet(run, plan, base, placement, training_set.base_sha256, events)
-    encoders = None
-    if plan.text_encoders_learn:
-        encoders = load_text_encoders(base, placement.dtype, placement.device)
-        attach_text_lora(network, encoders, plan)
-    optimizer = make_optimizer(plan, network.rate_groups(plan.lora_plus_ratio))
-    scaler = torch.amp.GradScaler(placement.device.type, enabled=placement.dtype == torch.float16)
-    trainer = Trainer(plan, unet, network, optimizer, scaler, training_set, placement,
-                      alphas_cumprod(plan.zero_terminal_snr), VAE_SCALING_FACTOR, events, status, encoders, processes)
-    belongs_to = {"plan.toml": plan_digest(plan), "base model": training_set.base_sha256,
-                  "set of pictures and captions": training_set.digest()}
-    job = Job(run, plan, base, placement, training_set, trainer, belongs_to, trackers=trackers)
-
-    step = processes.together(lambda: _take_up(job))
-    # An optimizer differs where one machine lacks the package that the plan names.
-    processes.require_same(job.belongs_to | {"checkpoint to go on from": str(step), "optimizer": str(type(optimizer))})
-    status.update(step=step)
-    events.emit("started", pid=status.pid, device=_device_name(placement), step=step, steps=plan.steps,
-                versions={name: version(name) for name in VERSIONS})
-    _tell_numbers(job)
-    return job, step
-
-
-def _place_unet(run: RunDirectory, plan: Plan, base: BaseModel, placement: Placement, base_sha256: str,
-                events: EventWriter) -> tuple[nn.Module, Network]:
-    """The U-Net with its LoRA, lying in memory as the placement says."""
-    fit = placement.fit
-    unet = load_unet(base, placement.dtype, placement.device, fit.quantize_base, fit.streamed, base_sha256=base_sha256,
-                     on_progress=progress_reporter(run, events, "load"),
-                     warn=lambda text: events.emit("warning", text=text))
-    network = attach_lora(unet, plan)
-    shapes = attention_shapes(unet, fit.micro_batch or plan.batch_size, plan.resolution)
-    attention = choose_attention(placement.device, placement.dtype, shapes)
-    log.info("attention: %s", attention.reason)
-    make_lean(unet, fit.int8_activations, attention.attend)
-    blocks = placeable_blocks(unet)
-    recompute_blocks(block for name, block in blocks.items() if name in fit.recomputed)
-    if fit.streamed:
-        stream_blocks({name: block for name, block in blocks.items() if name in fit.streamed}, placement.device, RING_DEPTH)
-    return unet, network
-
-
 def _prove_fit(job: Job, costs: list[str]) -> None:
     """One pass of the largest pictures, and what it took beside what arithmetic had said."""
     job.trainer.status.update(phase="fit")
@@ -190,45 +102,6 @@ def _prove_fit(job: Job, costs: list[str]) -> None:
     predicted = predicted_bytes(job.placement, job.plan, job.base) if job.placement.device.type == "cuda" else None
     job.events.emit("placement", placement=job.placement.describe(), costs=costs, predicted_bytes=predicted,
                     measured_bytes=check_fit(job.trainer))
-
-
-def _take_up(job: Job) -> int:
-    """Puts the newest checkpoint's state, or the LoRA that the plan starts from, in place; returns the last finished step."""
-    trainer = job.trainer
-    found = load_checkpoint(job.run, job.belongs_to, lambda text: job.events.emit("warning", text=text), belongs_to_another)
-    if found:
-        state, tensors = found
-        restore(state, tensors, trainer.network, trainer.optimizer, trainer.scaler)
-        progress = state["progress"]
-        # Older checkpoints don't say how many losses theirs averages.
-        trainer.loss_smoothed, trainer.num_losses = progress["loss_smoothed"], progress.get("num_losses", state["step"])
-        job.history = [Judged(**judged) for judged in progress["judged"]]
-        return state["step"]
-    if job.plan.start_from:
-        _start_from(trainer.network, Path(job.plan.start_from), job.events)
-    return 0
-
-
-def _tell_numbers(job: Job) -> None:
-    plan, training_set, processes = job.plan, job.training_set, job.trainer.processes
-    num_regularization = len(training_set.regularization)
-    job.events.emit(
-        "numbers", num_pictures=len(training_set.pictures) - num_regularization, num_held_out=len(training_set.held_out),
-        num_regularization=num_regularization, num_buckets=len(training_set.epoch.counts()),
-        steps_per_epoch=training_set.num_batches(plan.batch_size) / plan.gradient_accumulation_steps, steps=plan.steps,
-        num_parameters=job.trainer.network.num_parameters, placement=job.placement.describe(),
-        num_processes=processes.count, pictures_per_step=plan.batch_size * plan.gradient_accumulation_steps)
-    if processes.count > 1:
-        job.events.emit("warning", text=steps_of_several(processes.count, plan.batch_size,
-                                                         plan.gradient_accumulation_steps // processes.count))
-
-
-def _start_from(network: Network, path: Path, events: EventWriter) -> None:
-    num_filled, left_out = start_from(network, path)
-    log.info("%d layers start from %s", num_filled, path)
-    if left_out:
-        events.emit("warning", text=f"{len(left_out)} modules of {path.name} are not trained by this plan, so their part of it "
-                                    f"is left out (first: {left_out[0]}).")
 
 
 def _train(job: Job, step: int) -> int:
@@ -377,7 +250,3 @@ def _metadata(job: Job, step: int) -> dict[str, str]:
     pictures, crops, captions = ([of_all[index] for index in (*training_set.trained, *training_set.regularization)]
                                  for of_all in (training_set.pictures, training_set.crops, training_set.captions))
     return lora_metadata(job.plan, training_set.base_sha256, pictures, crops, captions, step)
-
-
-def _device_name(placement: Placement) -> str:
-    return torch.cuda.get_device_name() if placement.device.type == "cuda" else "cpu"

@@ -9,16 +9,15 @@ from crumb.engine.train.loop import Trainer
 def check_fit(trainer: Trainer) -> int | None:
     """Forward and backward of the largest bucket, as many pictures as ever go through at a time; nothing is learned.
 
-    Returns the peak in bytes of what torch has taken of the GPU since the process began, or None on a processor.
-    OutOfMemoryError where it does not fit.
+    Returns the most bytes that torch had of the GPU for it; None on a processor, where nothing is tried: a step can take
+    minutes there, and the system swaps rather than refuses. OutOfMemoryError where it does not fit.
     """
     fault("fit check")
-    on_gpu = trainer.placement.device.type == "cuda"
-    trainer.rehearse()
-    if not on_gpu:
+    if trainer.placement.device.type != "cuda":
         return None
+    torch.cuda.reset_peak_memory_stats()
+    trainer.rehearse()
     torch.cuda.synchronize()
     peak = torch.cuda.max_memory_reserved()
     torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
     return peak

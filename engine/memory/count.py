@@ -172,7 +172,7 @@ def _made(config: dict, plan: Plan) -> tuple[nn.Module, lora.Network]:
         unet = UNet2DConditionModel(**config).requires_grad_(False)
     finally:
         torch.set_default_dtype(torch.float32)
-    freeze_layers(unet, "no", torch.device("cpu"))
+    freeze_layers(unet)
     network = attach_lora(unet, plan)
     make_lean(unet, plan.int8_activations)
     network.train(True)

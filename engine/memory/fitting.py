@@ -83,7 +83,8 @@ def one_rung_down(placement: Placement, plan: Plan, base: BaseModel, run: RunDir
     rung = next_rung(fit, blocks, may_stream=available is None or more + HOST_SPARE_GIB * GIB < available)
     if rung is None:
         raise CrumbError(f"Out of memory, and nothing is left to give up ({reason}). "
-                         f"{_what_would_fit(table, demand, fit, plan)} Or close what else uses this GPU, then `crumb resume {run.name}`.")
+                         f"{_what_would_fit(table, demand, fit, plan)} "
+                         f"Or close what else uses this GPU, then `crumb resume {run.name}`.")
     save_fit(run, rung[0])
     events.emit("warning", text=f"The memory ran out ({PHASES.get(phase, phase)}, after step {step}). The run goes on from "
                                 f"there with less: {rung[1]}.")

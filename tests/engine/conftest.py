@@ -30,7 +30,7 @@ NUM_PICTURES = 4
 def trainer(tiny_base, tmp_path, make_plan):
     def make(dtype=torch.float32, **settings) -> Trainer:
         plan = make_plan(**{"rank": 4, "alpha": 4.0, "steps": 10, "learning_rate": 1e-3} | settings)
-        placement = Placement(torch.device("cpu"), dtype, False)
+        placement = Placement(torch.device("cpu"), dtype)
         unet = load_unet(inspect_base_model(tiny_base), dtype)
         network, encoders = attach_lora(unet, plan), None
         if plan.text_encoders_learn:
