@@ -11,7 +11,14 @@ from torch import Tensor
 from crumb.kernels import lora_linear, lora_linear_nf4
 from crumb.kernels import lora_linear_int8 as int8
 from crumb.kernels.dispatch import uses_triton
-from crumb.kernels.lora_linear import FrozenLinearFunction, LoRALinearFunction, Products, down_gradient, leave_out
+from crumb.kernels.lora_linear import (
+    FrozenLinearFunction,
+    LoRALinearFunction,
+    Products,
+    down_gradient,
+    leave_out,
+    sum_over_rows,
+)
 from crumb.kernels.quantize import Int8Weight, NF4Weight
 
 Weight = Tensor | Int8Weight | NF4Weight
@@ -86,7 +93,7 @@ def lora_A_gradient(dy: Tensor, rows: Tensor, layer: Layer) -> Tensor | None:
     """dA alone, where the rows were not at hand for `backward`. Reads dy once more."""
     if layer.lora_A is None:
         return None
-    return (down_gradient(dy, layer.lora_B, layer.scaling, layer.kept).T @ rows).to(layer.lora_A.dtype)
+    return sum_over_rows(down_gradient(dy, layer.lora_B, layer.scaling, layer.kept), rows).to(layer.lora_A.dtype)
 
 
 def products_of(weight: Weight) -> Products:

@@ -14,7 +14,7 @@ Where dropout acts, s and dS are multiplied by `kept`, a bool mask (B, tokens or
 up for what is left out.
 
 Only x and s are kept for backward, once, in x's dtype; W needs no gradient. A and B may be fp32
-masters while x is 16-bit: they are cast on use, and their gradients come back in their own dtype.
+masters while x is 16-bit: they are cast on use, and their gradients come back in their own dtype, summed in fp32.
 
 `forward` and `backward` work on rows, a contiguous (M, K) matrix, outside autograd. lora_linear_int8.py and
 lora_linear_nf4.py have the same two for their own kind of weight, so that whatever is built of linear layers can be
@@ -82,9 +82,18 @@ def leave_out(down: Tensor | None, kept: Tensor | None) -> Tensor | None:
 def factor_gradients(dy: Tensor, rows: Tensor | None, down: Tensor | None, d_down: Tensor | None, lora_A: Tensor | None,
                      lora_B: Tensor | None, scaling: float, needs: Needs) -> tuple[Tensor | None, Tensor | None]:
     """dA and dB in the factors' own dtypes."""
-    d_lora_A = (d_down.T @ rows).to(lora_A.dtype) if needs[1] else None
-    d_lora_B = (dy.T @ down).mul_(scaling).to(lora_B.dtype) if needs[2] else None
+    d_lora_A = sum_over_rows(d_down, rows).to(lora_A.dtype) if needs[1] else None
+    d_lora_B = sum_over_rows(dy, down).mul_(scaling).to(lora_B.dtype) if needs[2] else None
     return d_lora_A, d_lora_B
+
+
+def sum_over_rows(left: Tensor, right: Tensor) -> Tensor:
+    """leftᵀ right, in fp32 where they have 16 bits: thousands of rows may sum to more than fp16 holds, and masters are fp32."""
+    if left.dtype not in (torch.float16, torch.bfloat16):
+        return left.T @ right
+    if left.is_cuda:
+        return torch.mm(left.T, right, out_dtype=torch.float32)
+    return left.T.float() @ right.float()
 
 
 @dataclass(frozen=True)

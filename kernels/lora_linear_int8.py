@@ -6,7 +6,7 @@
     dS = c · dy B
     dy[m, n] · w[n] ≈ u[m, h] · D[m, n]               h = n // 128; D int8
     dX[m, k] = Σh u[m, h] (D Q over group h) + (dS A)[m, k]
-    dA = dSᵀ x,  dB = c · dyᵀ s                        in 16 bit, x as it came
+    dA = dSᵀ x,  dB = c · dyᵀ s                        from 16 bit, x as it came, summed in fp32
 
 x (M, K); W ≈ w[n] · Q[n, k] (N, K), an Int8Weight; A (R, K), B (N, R). Products of int8 are summed in int32, exactly; s and
 dS are kept in x's dtype; the rest is fp32, and y and dX are rounded once.
