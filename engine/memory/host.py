@@ -6,31 +6,19 @@ import mmap
 import sys
 import weakref
 from contextlib import suppress
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from crumb.profiles.errors import RequestError
+from crumb.profiles.hardware import GIB, host_memory_bytes
 
 log = logging.getLogger(__name__)
-
-MEMORY_INFO = Path("/proc/meminfo")
-GIB = 2**30
-
-
-def available_memory() -> int | None:
-    """Bytes that can be had without swapping; None where the system doesn't say."""
-    try:
-        lines = MEMORY_INFO.read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
 
 
 def require_memory(num_bytes: int, purpose: str) -> None:
     """RequestError where the host has less than this to give. `purpose` begins the sentence that says so."""
-    available = available_memory()
+    available = host_memory_bytes()
     if available is not None and available < num_bytes:
         raise RequestError(
             f"{purpose} takes {num_bytes / GIB:.1f} GiB of this machine's memory, of which {available / GIB:.1f} GiB are free. "

@@ -42,6 +42,10 @@ class Dropout:
     rank: float = 0.0
     module: float = 0.0
 
+    @property
+    def is_on(self) -> bool:
+        return max(self.network, self.rank, self.module) > 0
+
 
 class LoRALayer(nn.Module):
     """What linears and convolutions share. lora_A and lora_B are fp32 masters; `rate` is a factor on the learning rate."""

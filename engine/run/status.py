@@ -13,10 +13,10 @@ class SilentStatus:
     """What a process that is not the first of its run has for a Status."""
 
     def __init__(self, step: int = 0):
-        self.pid, self.step = os.getpid(), step
+        self.pid, self.step, self.phase = os.getpid(), step, ""
 
     def update(self, **fields) -> None:
-        self.step = fields.get("step", self.step)
+        self.step, self.phase = fields.get("step", self.step), fields.get("phase", self.phase)
 
     def close(self, **fields) -> None:
         """Nothing is written."""
@@ -42,6 +42,10 @@ class Status:
     @property
     def step(self) -> int:
         return self._fields["step"]
+
+    @property
+    def phase(self) -> str:
+        return self._fields["phase"]
 
     def update(self, **fields) -> None:
         """Takes new values; a change of state or phase is on disk at once, a new step at the next beat."""

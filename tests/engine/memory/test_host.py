@@ -9,6 +9,7 @@ from torch import nn
 
 from crumb.engine.memory import host
 from crumb.engine.memory.stream import stream_blocks
+from crumb.profiles import hardware
 from crumb.profiles.errors import RequestError
 
 PACKS_AND_MEASURES = """
@@ -37,7 +38,7 @@ print(packed, status("VmHWM") - before, status("VmRSS") - before)
 
 
 def test_too_little_memory_is_refused_before_anything_is_packed(tmp_path, monkeypatch):
-    monkeypatch.setattr(host, "MEMORY_INFO", tmp_path / "meminfo")
+    monkeypatch.setattr(hardware, "MEMORY_INFO", tmp_path / "meminfo")
     block = nn.Linear(64, 64).requires_grad_(False)
     weight = block.weight.data_ptr()
     (tmp_path / "meminfo").write_text("MemTotal:       99999999 kB\nMemAvailable:          8 kB\n")
