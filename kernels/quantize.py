@@ -139,10 +139,22 @@ def _nf4(piece: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     ranges = torch.stack((lowest, (highest - lowest) / 255), 1)
     block_codes = ((whole - lowest[:, None]) / ranges[:, 1:].clamp_min(TINY)).round_().view(-1)[:len(largest)].byte()
 
-    scaled = blocks / _block_scales(block_codes, ranges)[:, None].clamp_min(TINY)
-    table = nf4_codes(piece.device)
-    nearest = torch.bucketize(scaled.view(-1, 2), (table[1:] + table[:-1]) / 2, out_int32=True).byte()
+    nearest = _nearest_codes(blocks / _block_scales(block_codes, ranges)[:, None].clamp_min(TINY)).view(-1, 2)
     return nearest[:, 0] << 4 | nearest[:, 1], block_codes, ranges
+
+
+def _nearest_codes(scaled: Tensor) -> Tensor:
+    """Of each value, in uint8, which of the 16 codes is nearest: how many of the middles between them lie below it."""
+    table = nf4_codes(scaled.device)
+    middles = (table[1:] + table[:-1]) / 2
+    if scaled.device.type != "cpu":
+        return torch.bucketize(scaled, middles, out_int32=True).byte()
+    # A binary search for each value takes a processor three times as long as fifteen comparisons of all.
+    nearest = torch.zeros(scaled.shape, dtype=torch.uint8)
+    is_above = torch.empty(scaled.shape, dtype=torch.bool)
+    for middle in middles.tolist():
+        nearest += torch.gt(scaled, middle, out=is_above).view(torch.uint8)
+    return nearest
 
 
 def _block_scales(block_codes: Tensor, group_ranges: Tensor) -> Tensor:

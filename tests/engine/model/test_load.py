@@ -192,6 +192,7 @@ import re, sys, threading, time, torch
 from pathlib import Path
 from crumb.engine.model.load import load_unet
 from crumb.engine.model.tiny import SDXL, write_sdxl
+from crumb.engine.model.weights import trim_memory
 from crumb.profiles.base_model import inspect_base_model
 
 def anonymous_bytes():
@@ -207,8 +208,15 @@ threading.Thread(target=watch, daemon=True).start()
 write_sdxl(path, SDXL)
 write_peak, peak[0] = peak[0], 0
 unet = load_unet(inspect_base_model(path), torch.float16)
+load_peak, num_parameters = peak[0], sum(parameter.numel() for parameter in unet.parameters())
+del unet
+trim_memory()
+before, peak[0] = anonymous_bytes(), 0
+unet = load_unet(inspect_base_model(path), torch.float16, "cpu", "nf4")
 stop.set()
-print(write_peak, peak[0], sum(parameter.numel() for parameter in unet.parameters()))
+num_bytes = sum(weight.nbytes for weight in unet.parameters())
+num_bytes += sum(module.weight.num_bytes for module in unet.modules() if hasattr(vars(module).get("weight"), "num_bytes"))
+print(write_peak, load_peak, num_parameters, peak[0] - before, num_bytes)
 """
 
 
@@ -219,7 +227,8 @@ def test_full_size_file_loads_in_little_more_than_its_own_memory(tmp_path):
         done = subprocess.run([sys.executable, "-P", "-c", MEASURE, path], capture_output=True, text=True, check=True)
     finally:
         path.unlink(missing_ok=True)
-    write_peak, load_peak, num_parameters = map(int, done.stdout.split())
+    write_peak, load_peak, num_parameters, nf4_peak, nf4_bytes = map(int, done.stdout.split())
     assert num_parameters == 2_567_463_684
     assert write_peak < 1.5e9, write_peak
     assert load_peak < 2 * num_parameters + 1.5e9, load_peak
+    assert nf4_peak < nf4_bytes + 2**28, (nf4_peak, nf4_bytes)

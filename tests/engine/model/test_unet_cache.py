@@ -264,7 +264,7 @@ for quantise in ("nf4", "nf4", "int8", "int8"):  # made, then read from the cach
 
 @pytest.fixture(scope="module")
 def middling_base(tmp_path_factory):
-    """A base whose U-Net has 180 million weights: of zeros, which are made fast."""
+    """A base whose U-Net has 150 million weights: of zeros, which are made fast."""
     path = tmp_path_factory.mktemp("middling") / "base.safetensors"
     shape = tiny.Shape(**vars(tiny.TINY) | {"block_out_channels": (64, 256, 512), "transformer_depths": (0, 1, 3)})
     patch = pytest.MonkeyPatch()
