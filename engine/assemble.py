@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import dataclass, field
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 
@@ -43,59 +44,63 @@ VERSIONS = ("torch", "diffusers", "transformers", "safetensors")
 
 @dataclass
 class Job:
-    """One run while it is worked on."""
+    """One run while it is worked on. `placement` and `trainer` change where memory runs out; the rest is the run's for good."""
 
     run: RunDirectory
     plan: Plan
     base: BaseModel
     placement: Placement
     training_set: TrainingSet
-    trainer: Trainer
-    belongs_to: dict[str, str]
-    history: list[Judged] = field(default_factory=list)
+    processes: Processes
+    events: EventWriter
+    status: Status
     trackers: list = field(default_factory=list)
+    history: list[Judged] = field(default_factory=list)
+    trainer: Trainer | None = None
 
-    @property
-    def events(self) -> EventWriter:
-        return self.trainer.events
+    @cached_property
+    def belongs_to(self) -> dict[str, str]:
+        """What the run's checkpoints fit, by hash."""
+        return {"plan.toml": plan_digest(self.plan), "base model": self.training_set.base_sha256,
+                "set of pictures and captions": self.training_set.digest()}
 
 
-def assemble(run: RunDirectory, plan: Plan, base: BaseModel, placement: Placement, training_set: TrainingSet, trackers: list,
-              events: EventWriter, status: Status, processes: Processes) -> tuple[Job, int]:
-    """U-Net, network, optimizer and, where there is one, the newest checkpoint; returns the last finished step too."""
-    status.update(state="preparing", phase="load")
-    events.emit("phase", phase="load")
+def assemble(job: Job) -> int:
+    """Gives the job a trainer that lies in memory as its placement says; takes up the newest checkpoint, where there is one.
+
+    Returns the last finished step.
+    """
+    plan, placement, processes = job.plan, job.placement, job.processes
+    job.status.update(state="preparing", phase="load")
+    job.events.emit("phase", phase="load")
     fault("load")
-    unet, network = _place_unet(run, plan, base, placement, training_set.base_sha256, events)
+    unet, network = _place_unet(job)
     encoders = None
     if plan.text_encoders_learn:
-        encoders = load_text_encoders(base, placement.dtype, placement.device)
+        encoders = load_text_encoders(job.base, placement.dtype, placement.device)
         attach_text_lora(network, encoders, plan)
     optimizer = make_optimizer(plan, network.rate_groups(plan.lora_plus_ratio))
     scaler = torch.amp.GradScaler(placement.device.type, enabled=placement.dtype == torch.float16)
-    trainer = Trainer(plan, unet, network, optimizer, scaler, training_set, placement,
-                      alphas_cumprod(plan.zero_terminal_snr), VAE_SCALING_FACTOR, events, status, encoders, processes)
-    belongs_to = {"plan.toml": plan_digest(plan), "base model": training_set.base_sha256,
-                  "set of pictures and captions": training_set.digest()}
-    job = Job(run, plan, base, placement, training_set, trainer, belongs_to, trackers=trackers)
+    job.trainer = Trainer(plan, unet, network, optimizer, scaler, job.training_set, placement,
+                          alphas_cumprod(plan.zero_terminal_snr), VAE_SCALING_FACTOR, job.events, job.status, encoders,
+                          processes)
 
     step = processes.together(lambda: _take_up(job))
     # An optimizer differs where one machine lacks the package that the plan names.
     processes.require_same(job.belongs_to | {"checkpoint to go on from": str(step), "optimizer": str(type(optimizer))})
-    status.update(step=step)
-    events.emit("started", pid=status.pid, device=_device_name(placement), step=step, steps=plan.steps,
-                versions={name: version(name) for name in VERSIONS})
+    job.status.update(step=step)
+    job.events.emit("started", pid=job.status.pid, device=_device_name(placement), step=step, steps=plan.steps,
+                    versions={name: version(name) for name in VERSIONS})
     _tell_numbers(job)
-    return job, step
+    return step
 
 
-def _place_unet(run: RunDirectory, plan: Plan, base: BaseModel, placement: Placement, base_sha256: str,
-                events: EventWriter) -> tuple[nn.Module, Network]:
+def _place_unet(job: Job) -> tuple[nn.Module, Network]:
     """The U-Net with its LoRA, lying in memory as the placement says."""
-    fit = placement.fit
-    unet = load_unet(base, placement.dtype, placement.device, fit.quantize_base, fit.streamed, base_sha256=base_sha256,
-                     on_progress=progress_reporter(run, events, "load"),
-                     warn=lambda text: events.emit("warning", text=text))
+    plan, placement, fit = job.plan, job.placement, job.placement.fit
+    unet = load_unet(job.base, placement.dtype, placement.device, fit.quantize_base, fit.streamed,
+                     base_sha256=job.training_set.base_sha256, on_progress=progress_reporter(job.run, job.events, "load"),
+                     warn=lambda text: job.events.emit("warning", text=text))
     network = attach_lora(unet, plan)
     shapes = attention_shapes(unet, fit.micro_batch or plan.batch_size, plan.resolution)
     attention = choose_attention(placement.device, placement.dtype, shapes)
@@ -126,7 +131,7 @@ def _take_up(job: Job) -> int:
 
 
 def _tell_numbers(job: Job) -> None:
-    plan, training_set, processes = job.plan, job.training_set, job.trainer.processes
+    plan, training_set, processes = job.plan, job.training_set, job.processes
     num_regularization = len(training_set.regularization)
     job.events.emit(
         "numbers", num_pictures=len(training_set.pictures) - num_regularization, num_held_out=len(training_set.held_out),

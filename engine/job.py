@@ -9,10 +9,10 @@ from functools import partial
 import torch
 
 from crumb.engine.assemble import Job, assemble
-from crumb.engine.data.prepare import TrainingSet, prepare
+from crumb.engine.data.prepare import prepare
 from crumb.engine.memory.check import check_fit
 from crumb.engine.memory.fitting import fit_into_memory, one_rung_down, predicted_bytes
-from crumb.engine.memory.placement import Placement, choose_placement, free_memory, settle_torch
+from crumb.engine.memory.placement import choose_placement, free_memory, settle_torch
 from crumb.engine.model.selftest import settle_convolutions
 from crumb.engine.network.metadata import lora_metadata, sidecar
 from crumb.engine.network.save import save_lora
@@ -28,12 +28,11 @@ from crumb.engine.train.checkpoint import (
     save_checkpoint,
 )
 from crumb.engine.train.judge import judge
-from crumb.engine.train.parallel import Processes, join_processes
+from crumb.engine.train.parallel import join_processes
 from crumb.engine.train.sample import sample_pictures
 from crumb.engine.train.trackers import finish_trackers, start_trackers, track
-from crumb.profiles.base_model import BaseModel
 from crumb.profiles.errors import CrumbError
-from crumb.profiles.plan import Plan, load_plan
+from crumb.profiles.plan import load_plan
 from crumb.profiles.preflight import preflight
 from crumb.profiles.sample_prompts import sample_prompts, texts_of
 from crumb.profiles.verdict import best_of, verdict
@@ -60,9 +59,10 @@ def run_job(run: RunDirectory, events: EventWriter, status: Status) -> int:
     training_set = processes.together(
         lambda: prepare(plan, facts.base, facts.scan, placement, events, progress, processes.share))
 
-    trackers = processes.together(lambda: start_trackers(plan, run) if processes.is_first else [])
-    job, step = _train_where_it_fits(run, plan, facts.base, placement, training_set, trackers, events, status, processes)
-    finish_trackers(trackers)
+    job = Job(run, plan, facts.base, placement, training_set, processes, events, status)
+    job.trackers = processes.together(lambda: start_trackers(plan, run) if processes.is_first else [])
+    step = _train_where_it_fits(job)
+    finish_trackers(job.trackers)
     is_stopped = step < plan.steps
     if processes.is_first and is_stopped:
         if not lora_in_checkpoint(run, step).exists():  # it may just have been saved
@@ -74,30 +74,30 @@ def run_job(run: RunDirectory, events: EventWriter, status: Status) -> int:
     return 3 if is_stopped else 0
 
 
-def _train_where_it_fits(run: RunDirectory, plan: Plan, base: BaseModel, placement: Placement, training_set: TrainingSet,
-                         trackers: list, events: EventWriter, status: Status, processes: Processes) -> tuple[Job, int]:
-    """Assembles and trains; where memory runs out, again with less, from the last finished step on."""
-    placement, costs = processes.together(lambda: fit_into_memory(placement, plan, base, run))
+def _train_where_it_fits(job: Job) -> int:
+    """Assembles and trains; where memory runs out, again with less, from the last finished step on. Returns that of the end."""
+    job.placement, costs = job.processes.together(lambda: fit_into_memory(job.placement, job.plan, job.base, job.run))
     while True:
         try:
-            job, step = assemble(run, plan, base, placement, training_set, trackers, events, status, processes)
+            step = assemble(job)
             _prove_fit(job, costs)
-            return job, _train(job, step)
+            return _train(job, step)
         except torch.OutOfMemoryError as error:
-            log.warning("out of memory (phase %s)", status.phase, exc_info=True)
+            log.warning("out of memory (phase %s)", job.status.phase, exc_info=True)
             reason = str(error)
         # Only here, outside of the handler, is nothing of what failed held any more.
-        job = None
+        job.trainer = None
         free_memory()
-        placement, costs = one_rung_down(placement, plan, base, run, reason, status.phase, status.step, events)
-        if processes.count > 1:
-            raise CrumbError(f"The GPU's memory ran out ({reason}). The processes of a run can't change their ways on the go: "
-                             f"`crumb resume {run.name}` goes on with {costs[0]}.")
+        job.placement, costs = one_rung_down(job.placement, job.plan, job.base, job.run, reason, job.status.phase,
+                                             job.status.step, job.events)
+        if job.processes.count > 1:
+            raise CrumbError(f"The GPU's memory ran out ({reason}). Several processes can't change their ways on the go: "
+                             f"`crumb resume {job.run.name}` goes on with less ({costs[0]}).")
 
 
 def _prove_fit(job: Job, costs: list[str]) -> None:
     """One pass of the largest pictures, and what it took beside what arithmetic had said."""
-    job.trainer.status.update(phase="fit")
+    job.status.update(phase="fit")
     job.events.emit("phase", phase="fit")
     predicted = predicted_bytes(job.placement, job.plan, job.base) if job.placement.device.type == "cuda" else None
     job.events.emit("placement", placement=job.placement.describe(), costs=costs, predicted_bytes=predicted,
@@ -108,24 +108,24 @@ def _train(job: Job, step: int) -> int:
     """Steps until the plan is fulfilled or somebody asks to stop; returns the last finished step."""
     trainer, events = job.trainer, job.events
     wants_stop = catch_signals()
-    trainer.status.update(state="training", phase="train", step=step)
+    job.status.update(state="training", phase="train", step=step)
     events.emit("phase", phase="train")
     try:
-        if trainer.processes.is_first:
+        if job.processes.is_first:
             _make_up(job, step)
         while step < job.plan.steps:
-            if trainer.processes.first_says(lambda: wants_stop() or take_request(job.run, "stop")):
+            if job.processes.first_says(lambda: wants_stop() or take_request(job.run, "stop")):
                 break
-            trainer.processes.require_same_weights(step, trainer.network.parameters())
+            job.processes.require_same_weights(step, trainer.network.parameters())
             fields = trainer.train_step(step)
             events.emit("step", **fields)
             _track(job, fields)
             step += 1
-            trainer.status.update(step=step)
-            if trainer.processes.is_first:  # the others wait for the next step's question
+            job.status.update(step=step)
+            if job.processes.is_first:  # the others wait for the next step's question
                 _after_step(job, step)
     except torch.OutOfMemoryError:
-        if trainer.processes.is_first:
+        if job.processes.is_first:
             _keep(job, step)
         raise
     return step
@@ -172,20 +172,20 @@ def _track(job: Job, fields: dict) -> None:
 def _judge(job: Job, step: int) -> bool:
     """Measures on fixed noise and says how the run is going; returns whether this is the best step so far."""
     trainer = job.trainer
-    trainer.status.update(phase="judge")
+    job.status.update(phase="judge")
     job.events.emit("phase", phase="judge")
     job.history.append(judge(trainer, step))
     judged, is_best = job.history[-1], best_of(job.history) is job.history[-1]
     _track(job, asdict(judged))
     job.events.emit("judged", **asdict(judged), best=is_best, **asdict(verdict(job.history, job.plan.steps)))
     job.events.emit("phase", phase="train")
-    trainer.status.update(phase="train")
+    job.status.update(phase="train")
     return is_best
 
 
 def _save(job: Job, step: int) -> None:
     trainer = job.trainer
-    trainer.status.update(state="saving")
+    job.status.update(state="saving")
     progress = {"loss_smoothed": trainer.loss_smoothed, "num_losses": trainer.num_losses,
                 "judged": [asdict(judged) for judged in job.history]}
     folder = save_checkpoint(job.run, step, trainer.network, trainer.optimizer, trainer.scaler, job.belongs_to, progress,
@@ -193,14 +193,14 @@ def _save(job: Job, step: int) -> None:
     best = best_of(job.history)
     prune_checkpoints(job.run, job.plan.keep_checkpoints, best.step if best else None)
     job.events.emit("saved", step=step, path=str(folder.relative_to(job.run.path)), kind="checkpoint")
-    trainer.status.update(state="training")
+    job.status.update(state="training")
 
 
 def _sample(job: Job, step: int) -> None:
     """Sample pictures are a help, not the job: what goes wrong here is told, and training goes on."""
     if not job.plan.sample_prompts:
         return
-    status = job.trainer.status
+    status = job.status
     status.update(state="sampling", phase="sample")
     job.events.emit("phase", phase="sample")
     try:
@@ -220,7 +220,7 @@ def _sample(job: Job, step: int) -> None:
 def _finish(job: Job, seconds: float) -> None:
     """Writes the LoRA file, reads it back, and lays beside it what other programs show with it."""
     run, plan = job.run, job.plan
-    job.trainer.status.update(state="saving", phase="save")
+    job.status.update(state="saving", phase="save")
     job.events.emit("phase", phase="save")
     save_lora(run.result, job.trainer.network, plan.save_precision, _metadata(job, plan.steps))
     report = verify_lora(run.result)

@@ -57,7 +57,7 @@ def told(events) -> list[str]:
 def test_wherever_memory_runs_out_the_run_ends_as_one_that_never_did(train):
     """The first rungs cost only time, so the result is the same to the last bit. No step is made twice."""
     plain_run, plain = train("plain")
-    for place in ("load", "fit check", "step 1", "step 3", "backward", "optimizer", "judge 0", "judge 2"):
+    for place in ("load", "fit check", "step 3", "backward", "optimizer", "judge 2"):
         run, events = train(place.replace(" ", "-"), [place])
         assert steps(events) == steps(plain), place
         assert [event["step"] for event in events if event["type"] == "judged"] == [0, 2, 3], place
@@ -70,7 +70,8 @@ def test_wherever_memory_runs_out_the_run_ends_as_one_that_never_did(train):
 def test_sampling_and_encoding_without_room_end_on_the_processor(train):
     plain_run, plain = train("plain-samples")
     run, events = train("samples", ["cache latents", "cache captions", "decode"], caption_suffix="anew", resolution=192)
-    assert not told(events) and len(list(run.samples.glob("*.png"))) == len(list(plain_run.samples.glob("*.png")))
+    assert not any("ampling" in text for text in told(events))
+    assert len(list(run.samples.glob("*.png"))) == len(list(plain_run.samples.glob("*.png"))) > 0
     run, events = train("no-sample", ["sample 2"])
     assert ["Sampling at step 2 failed" in text for text in told(events)] == [True] and steps(events) == steps(plain)
     same_files(run, plain_run)
@@ -85,7 +86,7 @@ def test_down_the_whole_ladder_and_the_end_of_it(train):
     assert [fit.micro_batch for fit in reached].count(2) == len(reached) - 3 and reached[-1].quantize_base == "nf4"
     assert reached[-3].recomputed == reached[-3].streamed == BLOCKS and reached[-3].quantize_base == "no"
     for number, wanted in enumerate(reached):
-        if number in (1, 3, len(reached) - 3, len(reached) - 2, len(reached) - 1):
+        if number >= len(reached) - 3:
             run, events = train(f"down-{number}", ["fit check"] * (number + 1), **QUIET)
             found = load_fit(run)
             assert (found.quantize_base, len(found.recomputed), len(found.streamed), found.micro_batch) == (
@@ -99,10 +100,10 @@ def test_down_the_whole_ladder_and_the_end_of_it(train):
 
 
 def test_a_run_that_had_to_give_something_up_goes_on_so_when_it_is_resumed(train):
-    run, events = train("resumed", ["step 2"], steps=2)
+    run, _ = train("resumed", ["step 2"], steps=2)
     before = load_fit(run)
     run.plan.write_text(run.plan.read_text().replace("steps = 2", "steps = 3"))
-    # another length is another plan; what is looked at here is the way it lies in memory
+    # Another length is another plan; what is looked at here is how it lies in memory.
     for folder in run.checkpoints.glob("step-*"):
         for file in folder.iterdir():
             file.unlink()

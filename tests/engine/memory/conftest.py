@@ -8,8 +8,9 @@ import torch
 
 from crumb.engine.memory.recompute import placeable_blocks, recompute_blocks
 from crumb.engine.memory.stream import stream_blocks
-from crumb.engine.model.frozen import freeze_layers
+from crumb.engine.model.frozen import format_of, freeze_layers
 from crumb.engine.model.lean import make_lean
+from crumb.engine.model.weights import place
 
 SKIP_WITHOUT_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -33,7 +34,10 @@ def arranged(trainer, device):
             made.encoders.text_encoder.to(device)
             made.encoders.text_encoder_2.to(device)
         if lean:
-            freeze_layers(unet, quantise, device)
+            freeze_layers(unet)
+            for name, weight in list(unet.named_parameters()):
+                if quantised := format_of(name, weight.shape, quantise):
+                    place(unet, name, quantised.of(weight.detach()))
             make_lean(unet)
         blocks = placeable_blocks(unet)
         numbered = list(enumerate(blocks.items()))
@@ -69,7 +73,7 @@ def assert_same():
         for step, (mine, theirs) in enumerate(zip(found, expected)):
             assert (mine["loss"], mine["norm"]) == (theirs["loss"], theirs["norm"]), f"{what}, step {step}"
             assert len(mine["gradients"]) == len(theirs["gradients"]) > 0
-            for place, (one, other) in enumerate(zip(mine["gradients"], theirs["gradients"])):
+            for index, (one, other) in enumerate(zip(mine["gradients"], theirs["gradients"])):
                 assert (one is None) == (other is None) and (one is None or torch.equal(one, other)), \
-                    f"{what}, step {step}, gradient {place}"
+                    f"{what}, step {step}, gradient {index}"
     return compare
