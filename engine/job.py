@@ -98,8 +98,10 @@ def _train_where_it_fits(job: Job) -> int:
 def _prove_fit(job: Job, costs: list[str]) -> None:
     """One pass of the largest pictures, and what it took beside what arithmetic had said."""
     job.status.update(phase="fit")
-    job.events.emit("phase", phase="fit")
-    predicted = predicted_bytes(job.placement, job.plan, job.base) if job.placement.device.type == "cuda" else None
+    predicted = None
+    if job.placement.device.type == "cuda":
+        job.events.emit("phase", phase="fit")
+        predicted = predicted_bytes(job.placement, job.plan, job.base)
     job.events.emit("placement", placement=job.placement.describe(), costs=costs, predicted_bytes=predicted,
                     measured_bytes=check_fit(job.trainer))
 

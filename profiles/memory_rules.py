@@ -64,7 +64,7 @@ def _derive_fit(result: Derivation, gpu: Gpu) -> None:
     parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in peak_bytes(table, demand, fit).items() if size > 0.05 * GIB)
     result.put("peak_gib", round(peak_gib, 2), "", f"GiB by arithmetic: {parts}")
     if found.speed:
-        result.put("seconds_per_step", round(found.seconds, 2), "", found.speed.explain())
+        result.put("seconds_per_step", round(found.seconds, 2), "", found.explain())
 
 
 def _enlarge_batch(result: Derivation, gpu: Gpu, demand: Demand, fit: Fit) -> tuple[Fit, Demand]:

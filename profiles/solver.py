@@ -49,6 +49,12 @@ class Found:
         """Of a step."""
         return self.speed.seconds * (1 + STREAMING_COST * self.streamed_share) if self.speed else None
 
+    def explain(self) -> str:
+        """The arithmetic of the time in one line."""
+        streaming = 1 + STREAMING_COST * self.streamed_share
+        more = f", x {streaming:.2f} for streaming = {self.seconds:.2f} s" if self.streamed_share else ""
+        return self.speed.explain() + more if self.speed else "nothing is known of this card's speed"
+
 
 @dataclass(frozen=True)
 class Machine:
@@ -96,8 +102,8 @@ def fastest_fit(table: Table, demand: Demand, machine: Machine, start: Fit, reco
 
 
 def smallest_fit(table: Table, demand: Demand, start: Fit, recompute: bool = True, stream: bool = True) -> Fit:
-    """The least that a base of this format can take: all blocks but the cheap ones twice, all streamed, single pictures."""
-    recomputed = frozenset(recompute_order(table, demand, start)) if recompute else frozenset()
+    """The least that a base of this format can take: all blocks twice, all streamed, single pictures."""
+    recomputed = frozenset(table.blocks if recompute else ())
     return replace(start, micro_batch=1, recomputed=recomputed, streamed=frozenset(table.blocks) if stream else frozenset())
 
 

@@ -30,6 +30,7 @@ from crumb.engine.model.lean import make_lean
 from crumb.engine.model.tiny import SDXL, unet_config
 from crumb.engine.network import lora
 from crumb.engine.network.lora import attach_lora
+from crumb.kernels import linear, lora_linear
 from crumb.profiles.memory_table import MODES, Span, Table, Weights, dump_tables, fit_span
 from crumb.profiles.plan import TARGETS, Plan
 
@@ -162,7 +163,11 @@ def _plan(targets: str, resolution: int, rank: int, mode: str) -> Plan:
 
 @contextmanager
 def _shapes_only() -> Iterator[None]:
-    with FakeTensorMode(allow_non_fake_inputs=True), patch.object(lora, "_initialise"):  # no values to draw
+    def sum_as_on_a_gpu(left: Tensor, right: Tensor) -> Tensor:
+        return (left.T @ right).float()  # there the product itself is fp32, with no copies of what goes in
+
+    with (FakeTensorMode(allow_non_fake_inputs=True), patch.object(lora, "_initialise"),  # no values to draw
+          patch.object(lora_linear, "sum_over_rows", sum_as_on_a_gpu), patch.object(linear, "sum_over_rows", sum_as_on_a_gpu)):
         yield
 
 

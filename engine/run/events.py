@@ -3,12 +3,14 @@
 Every event has `time` (unix seconds) and `type`. The types and their fields:
 
     started   pid, device, versions {name: version}, step (the last finished one), steps
-    phase     phase: scan | hash | cache latents | cache captions | load | train | judge | sample | save
+    phase     phase: scan | hash | cache latents | cache captions | load | fit | train | judge | sample | save
     progress  phase, done, total
     picture   path, size [w, h], bucket [w, h], resized [w, h], crop [left, top], cropped_share, repeats,
               regularization, flip (may be shown mirrored), mask (its path or null), loss_weight
     numbers   num_pictures (num_held_out of them only measured), num_regularization (beside them), num_buckets,
               steps_per_epoch, steps, num_parameters, placement, num_processes, pictures_per_step (of all processes together)
+    placement placement (in words), costs (what is paid for fitting into memory, lines), predicted_bytes and measured_bytes
+              of the largest pictures' pass, as torch takes them of the GPU (null on a processor); again after every rung down
     texts     num_texts (that captions are shown as, all kept encoded), num_bytes (on disk)
     step      step, epoch, loss, loss_smoothed, learning_rate, grad_norm, seconds, images_per_s,
               data_wait_s, vram_allocated_bytes, vram_reserved_bytes, vram_peak_bytes (on a GPU);

@@ -22,6 +22,7 @@ PHASE_WORDS = {
     "cache latents": "encoding pictures",
     "cache captions": "encoding captions",
     "load": "loading the base model",
+    "fit": "trying whether the largest pictures fit",
     "train": "training",
     "judge": "measuring on fixed noise",
     "sample": "drawing sample pictures",
@@ -205,6 +206,17 @@ def _numbers(state: DashboardState, event: dict, when: float) -> None:
         _remark(state, when, "plain", ", ".join(words))
 
 
+def _placement(state: DashboardState, event: dict, when: float) -> None:
+    state.numbers["placement"] = event.get("placement") or state.numbers.get("placement")
+    costs = "; ".join(clean(cost) for cost in event.get("costs") or [])
+    if costs:
+        _remark(state, when, "plain", f"to fit into memory: {costs}")
+    predicted, measured = finite(event.get("predicted_bytes")), finite(event.get("measured_bytes"))
+    if predicted and measured:
+        _remark(state, when, "plain", f"the largest pictures take {measured / 2**30:.2f} GiB, by arithmetic "
+                                      f"{predicted / 2**30:.2f}")
+
+
 def _texts(state: DashboardState, event: dict, when: float) -> None:
     num_texts, num_bytes = int(event.get("num_texts") or 0), finite(event.get("num_bytes")) or 0
     _remark(state, when, "plain", f"captions are shown as {num_texts} texts, {num_bytes / 1e6:.1f} MB encoded on disk")
@@ -323,7 +335,7 @@ def finite(value: Any) -> float | None:
 
 
 _HANDLERS = {
-    "started": _started, "phase": _phase, "progress": _progress, "numbers": _numbers, "texts": _texts, "step": _step,
-    "judged": _judged, "sample": _sample, "saved": _saved, "warning": _warning, "error": _error, "stopped": _stopped,
-    "finished": _finished,
+    "started": _started, "phase": _phase, "progress": _progress, "numbers": _numbers, "placement": _placement,
+    "texts": _texts, "step": _step, "judged": _judged, "sample": _sample, "saved": _saved, "warning": _warning,
+    "error": _error, "stopped": _stopped, "finished": _finished,
 }

@@ -219,6 +219,8 @@ def why_fixed(name: str) -> str:
         return "It follows from an answer: go back with Esc and change that."
     if name in UNSETTABLE:
         return f"It can't be set: {UNSETTABLE[name]}."
+    if name in ("peak_gib", "seconds_per_step"):
+        return "It follows from the other settings."
     if name != "epochs" and name not in plan_fields():
         return "It is fixed or advice for other tools, not a setting of the run."
     return ""
@@ -228,7 +230,8 @@ def setting_help(name: str, derived: Derived) -> str:
     rule = f" [{derived.rule}]" if derived.rule else ""
     setting = plan_fields().get(name)
     if setting is None:
-        return f"Times each picture's repeats are seen; gives the steps.\n{derived.reason}{rule}"
+        what = "Times each picture's repeats are seen; gives the steps." if name == "epochs" else why_fixed(name)
+        return f"{what}\n{derived.reason}{rule}"
     choices, low, high = (setting.metadata[key] for key in ("choices", "low", "high"))
     allowed = f"One of: {', '.join(map(str, choices))}." if choices else ""
     if low is not None:
@@ -245,4 +248,16 @@ def summary(interview: Interview) -> str:
              f"about {num_checkpoints} checkpoints"]
     if values["steps"].rule:
         lines.append(values["steps"].reason)
+    if "peak_gib" in values:
+        lines.append(f"by arithmetic about {values['peak_gib'].value:.1f} of {plan.vram_gib:g} GiB{_duration(interview)}")
     return "\n".join(lines)
+
+
+def _duration(interview: Interview) -> str:
+    """Seconds a step and minutes in all; nothing where the card's speed is not known."""
+    plan, seconds = interview.plan, interview.derivation.values.get("seconds_per_step")
+    if seconds is None:
+        return ""
+    minutes = seconds.value * plan.steps * plan.gradient_accumulation_steps / 60
+    return f", {seconds.value:.2g} s a step, {minutes:.0f} minutes" if minutes < 120 else (
+        f", {seconds.value:.2g} s a step, {minutes / 60:.1f} hours")
