@@ -141,7 +141,7 @@ def _each_in_place(cells: list[Cell], network: Network, part: str) -> Iterator[C
 
 def _load_network(plan: Plan, base: BaseModel, placement: Placement, report: Report) -> tuple[nn.Module, Network]:
     """The U-Net as training has it, with layers for the run's LoRA files."""
-    unet = load_unet(base, placement.dtype, placement.device, placement.quantize_base, base_sha256=fingerprint(base.path),
+    unet = load_unet(base, placement.dtype, placement.device, placement.fit.quantize_base, base_sha256=fingerprint(base.path),
                      on_progress=lambda done, total: report("load", done, total))
     return unet, attach_lora(unet, plan)
 

@@ -7,6 +7,7 @@ from crumb.engine.memory.placement import Placement, choose_placement
 from crumb.engine.model.load import load_vae, tile_vae
 from crumb.profiles.base_model import inspect_base_model
 from crumb.profiles.errors import RequestError
+from crumb.profiles.fit import Fit
 from crumb.profiles.plan import Plan
 
 REQUIRED = {"name": "t", "created": "2026-01-01T00:00:00+00:00", "base_model": "b", "images": "p"}
@@ -15,7 +16,7 @@ REQUIRED = {"name": "t", "created": "2026-01-01T00:00:00+00:00", "base_model": "
 @pytest.mark.parametrize(("dtype", "encoders"), [
     (torch.float16, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.float32, torch.float32)])
 def test_encoders_never_run_in_fp16_where_the_vae_overflows(dtype, encoders):
-    assert Placement(torch.device("cuda"), dtype, True).encoder_dtype == encoders
+    assert Placement(torch.device("cuda"), dtype).encoder_dtype == encoders
 
 
 def test_without_a_gpu(monkeypatch):
@@ -23,10 +24,10 @@ def test_without_a_gpu(monkeypatch):
     for settings in ({"device": "cuda"}, {"device": "auto", "mixed_precision": "fp16"}):
         with pytest.raises(RequestError):
             choose_placement(Plan(**REQUIRED, **settings))
-    for precision, dtype, checkpointing in (("no", torch.float32, True), ("bf16", torch.bfloat16, False)):
-        placement = choose_placement(Plan(**REQUIRED, device="auto", mixed_precision=precision,
-                                          gradient_checkpointing=checkpointing))
-        assert placement == Placement(torch.device("cpu"), dtype, checkpointing)
+    for precision, dtype in (("no", torch.float32), ("bf16", torch.bfloat16)):
+        placement = choose_placement(Plan(**REQUIRED, device="auto", mixed_precision=precision, quantize_base="int8",
+                                          int8_activations=True, batch_size=3))
+        assert placement == Placement(torch.device("cpu"), dtype, Fit("int8", True, micro_batch=3))
 
 
 def test_tiles_are_really_used_at_sdxls_own_size(tiny_base, monkeypatch):

@@ -8,7 +8,7 @@ from diffusers.models.resnet import ResnetBlock2D
 
 from crumb.engine.memory import recompute as recompute_module
 from crumb.engine.memory.recompute import placeable_blocks, recompute_blocks
-from crumb.engine.model.tiny import SDXL, _unet_config
+from crumb.engine.model.tiny import SDXL, unet_config
 
 SETTINGS = {
     "lean": {}, "as diffusers wrote it": {"lean": False}, "int8": {"quantise": "int8"}, "nf4": {"quantise": "nf4"},
@@ -35,7 +35,7 @@ def test_blocks_come_in_the_order_of_a_forward_pass(arranged, steps, lean):
 
 def test_sdxls_own_blocks():
     with torch.device("meta"):
-        blocks = list(placeable_blocks(UNet2DConditionModel(**_unet_config(SDXL))).values())
+        blocks = list(placeable_blocks(UNet2DConditionModel(**unet_config(SDXL))).values())
     assert [sum(isinstance(block, kind) for block in blocks) for kind in (BasicTransformerBlock, ResnetBlock2D)] == [70, 17]
 
 
