@@ -94,7 +94,7 @@ def machine_for(gpu: Gpu, quantize_base: str) -> Machine:
     """The card as a plan takes it. Only where the card is in this machine is it known what memory the host has."""
     here = gpu.free_gib is not None
     host_bytes = (host_memory_bytes() if here else None) or ASSUMED_HOST_GIB * GIB
-    return Machine(gpu, budget_bytes(gpu), host_bytes - HOST_SPARE_GIB * GIB, time_factor(gpu.name, quantize_base))
+    return Machine(gpu, budget_bytes(gpu), max(0, host_bytes - HOST_SPARE_GIB * GIB), time_factor(gpu.name, quantize_base))
 
 
 def budget_bytes(gpu: Gpu) -> float:

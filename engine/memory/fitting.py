@@ -65,7 +65,7 @@ def this_machine(plan: Plan) -> Machine:
     if plan.vram_gib:
         budget = min(budget, int(plan.vram_gib * GIB))
     gpu = resolve_gpu("auto")
-    host_bytes = (host_memory_bytes() or ASSUMED_HOST_GIB * GIB) - HOST_SPARE_GIB * GIB
+    host_bytes = max(0, (host_memory_bytes() or ASSUMED_HOST_GIB * GIB) - HOST_SPARE_GIB * GIB)
     return Machine(gpu, budget, host_bytes, time_factor(gpu.name, plan.quantize_base))
 
 
